@@ -226,6 +226,8 @@ class _Forecaster:
     def made(self) -> Forecast:
         """Measure, and put together what each stage takes."""
         self.write = _write_rate(self.settings.out)
+        if self.file_bytes > free_bytes("cpu"):
+            _forget_files(self.settings)
         self.read, self.widen = _read_rates(self.settings, self.write)
         self._measure()
         self._put_together()
@@ -250,20 +252,42 @@ class _Forecaster:
     def _measure(self) -> None:
         """Find what each job takes on all blocks, and what the process holds when that is done."""
         count = self._count()
-        deeper = min(count, BLOCKS)
-        first, deep = (self._jobs_on(blocks, VOCABULARY) for blocks in (1, deeper))
+        deeper = min(count, BLOCKS, self._fitting())
+        first = self._jobs_on(1, VOCABULARY)
+        deep = self._jobs_on(deeper, VOCABULARY) if deeper > 1 else {}
         whole = self._jobs_on(1, None)
         self.jobs: dict[str, Taken] = {}
         self.refitted *= 0 if self.streamed else count
-        for job, taken in deep.items():
-            more = max(0.0, taken.seconds - first[job].seconds) / max(1, deeper - 1)
-            each = min(more, taken.seconds / deeper)  # what is more is no block's but chance
-            one = whole[job]
-            self.jobs[job] = Taken(one.seconds + each * (count - 1), one.bytes)
-        for job in first.keys() - deep.keys():
-            self.jobs[job] = Taken(first[job].seconds * count, first[job].bytes)
+        for job, one in first.items():
+            each, once = one.seconds, whole.get(job, one)  # no refit comes to the head
+            if job in deep:
+                more = max(0.0, deep[job].seconds - each) / (deeper - 1)
+                each = min(
+                    more, deep[job].seconds / deeper
+                )  # what is more is no block's but chance
+            self.jobs[job] = Taken(once.seconds + each * (count - 1), once.bytes)
         give_back()
         self.process = psutil.Process().memory_info().rss
+
+    def _fitting(self) -> int:
+        """Return how many blocks fit into memory with a cut copy of them, at least one.
+
+        Raises:
+            UserError: not even one does, with embedding and head.
+        """
+        if self.run.weightless:
+            return BLOCKS
+        width, free = self.bytes // self.total, free_bytes("cpu")
+        block, ends = 2 * width * self.blocks // self._count(), width * (self.total - self.blocks)
+        if "hidden" in self.run.selection.structures:
+            ends *= 2
+        if block + ends > free:
+            raise UserError(
+                f"--estimate measures a block, embedding and head, of {(block + ends) / 1e9:.3g} "
+                f"GB with a cut copy, and {free / 1e9:.3g} GB of memory are free; free some, or "
+                "leave it out"
+            )
+        return max(1, free // block)
 
     def _jobs_on(self, blocks: int, vocabulary: int | None) -> dict[str, Taken]:
         """Do the work of all stages on a stand-in; return what each job took."""
@@ -592,6 +616,16 @@ def _fill_(model: nn.Module) -> None:
             continue
         for part in parameter.view(-1).split(len(values)):
             part.copy_(values[: len(part)])
+
+
+def _forget_files(settings: PruneSettings) -> None:
+    """Have weight files read from the disk, as a run has to that finds no room for all of them."""
+    place = stored_at(settings.model, settings.revision)
+    if place is None or not hasattr(os, "posix_fadvise"):
+        return
+    for file in [place] if place.is_file() else place.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _read_rates(settings: PruneSettings, written: float) -> tuple[float, float]:
