@@ -510,6 +510,18 @@ def test_a_weight_that_took_another_one_s_place_lies_on_the_disk(
             assert torch.equal(module.weight, new.to(source.stored.dtype).to(new.dtype))
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="others keep them in memory")
+def test_says_once_that_the_disk_has_no_room(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stored_weight._say_full.cache_clear()
+    values = torch.ones(2**18)
+    for free, said in ((2 * values.nbytes, 1), (0, 1), (10**9, 1)):
+        monkeypatch.setattr(stored_weight, "free_on_disk", lambda free=free: free)
+        assert stored_weight.filed(values)[1] is (free == 10**9)
+        assert sum("new weights stay in memory" in one for one in caplog.messages) == said
+
+
 @pytest.mark.parametrize("method", ["llm_pruner", "torchao"])
 def test_what_a_recipe_stands_for_is_read_block_by_block(
     monkeypatch: pytest.MonkeyPatch, method: str

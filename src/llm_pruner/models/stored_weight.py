@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import mmap
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TypeAlias
 
@@ -19,6 +21,8 @@ from llm_pruner.models.activation_store import free_on_disk, scratch_folder
 from llm_pruner.models.assembled import Assembled, files, leaves, whole
 from llm_pruner.models.stored import weight_names
 from llm_pruner.runtime.memory import give_back
+
+_LOG = logging.getLogger(__name__)
 
 _PIECE = 2**24
 """Bytes of a file that are widened at a time."""
@@ -116,10 +120,13 @@ def _changed(value: torch.Tensor, changes: Changes) -> torch.Tensor:
 def filed(values: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """Return values mapped from a temporary file without a name, and whether they are.
 
-    They stay in memory where they are few, the disk has no room, or the system is not Linux.
+    They stay in memory where they are few, the disk has no room, which is said once, or the system
+    is not Linux.
     """
-    room = free_on_disk() // 2
-    if not sys.platform.startswith("linux") or not _FILED <= values.nbytes < room:
+    if not sys.platform.startswith("linux") or values.nbytes < _FILED:
+        return values, False
+    if values.nbytes >= free_on_disk() // 2:
+        _say_full(scratch_folder())
         return values, False
     with tempfile.TemporaryFile(dir=scratch_folder()) as file:
         values.contiguous().flatten().view(torch.uint8).numpy().tofile(file)
@@ -127,6 +134,11 @@ def filed(values: torch.Tensor) -> tuple[torch.Tensor, bool]:
         name, count = f"/proc/self/fd/{file.fileno()}", values.numel()
         found = torch.from_file(name, shared=False, size=count, dtype=values.dtype)
     return found.view(values.shape), True
+
+
+@cache
+def _say_full(folder: str) -> None:
+    _LOG.warning("new weights stay in memory: %s has no room; set TMPDIR to a larger disk", folder)
 
 
 def _pieces(
