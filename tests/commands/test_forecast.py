@@ -94,6 +94,17 @@ def test_says_that_weights_are_read_block_by_block(made: Path) -> None:
     assert not (made / "small").exists()
 
 
+def test_so_are_those_of_a_model_that_is_not_here_yet(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("stored_size", "stored_at"):
+        monkeypatch.setattr(forecast, name, lambda *_: None)
+    found = said(made, "--preset", "fast", *TEXT, "--memory", "10KB")
+    assert found["streamed"]
+    assert found["rates"]["read"] == found["rates"]["written"]
+    assert not said(made, "--preset", "fast", *TEXT)["streamed"]
+
+
 def test_a_replay_reads_no_text_that_its_run_does_not(made: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     given = [made / "text.txt" if word == "text.txt" else word for word in TEXT]
@@ -138,3 +149,33 @@ def test_time_is_counted_up_over_blocks(made: Path, monkeypatch: pytest.MonkeyPa
     )
     # Of 24 samples, all at once.
     assert expected["stages"]["estimate"]["seconds"] == 20 + (16 - 12) / 2 * 2
+
+
+def test_stand_ins_take_no_more_than_is_free(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("--preset", "fast", "--split", "equal", *TEXT)
+    monkeypatch.setattr(forecast, "free_bytes", lambda _: 10_000)
+    assert "GB with a cut copy, and 1e-05 GB of memory are free" in said(made, *words, code=2)
+    depths, jobs_on = [], forecast._Forecaster._jobs_on
+
+    def noted(self: Any, blocks: int, vocabulary: int | None) -> Any:
+        depths.append(blocks)
+        return jobs_on(self, blocks, vocabulary)
+
+    monkeypatch.setattr(forecast._Forecaster, "_jobs_on", noted)
+    monkeypatch.setattr(forecast._Forecaster, "_fitting", lambda _: 1)
+    stages = said(made, *words)["stages"]
+    assert depths == [1, 1]
+    assert stages["verify"]["seconds"] > 0
+
+
+def test_files_that_find_no_room_are_read_from_the_disk(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[int, ...]] = []
+    monkeypatch.setattr(forecast.os, "posix_fadvise", lambda *how: given.append(how), raising=False)
+    monkeypatch.setattr(forecast._Forecaster, "_fitting", lambda _: 1)
+    said(made, "--preset", "fast", "--split", "equal", *TEXT)
+    assert not given
+    monkeypatch.setattr(forecast, "free_bytes", lambda _: 1000)
+    said(made, "--preset", "fast", "--split", "equal", *TEXT)
+    assert len(given) == 1

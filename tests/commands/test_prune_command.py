@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,15 +27,20 @@ import llm_pruner.surgery.pruner
 import llm_pruner.surgery.verify
 from command import contents, done, refused, run, save_tiny, write_text
 from llm_pruner import discover, read_plan
+from llm_pruner.commands import prune_start
 from llm_pruner.commands.evaluate import measure
 from llm_pruner.commands.prune import PruneRun
+from llm_pruner.errors import UserError
 from llm_pruner.evaluation.perplexity import PerplexityResult
 from llm_pruner.evaluation.result_cache import shared_corpora
 from llm_pruner.evaluation.speed import Speed
 from llm_pruner.files.outputs import atomic_directory
+from llm_pruner.models.activation_store import ActivationStore, HiddenStates
+from llm_pruner.models.stored import stored_size
 from llm_pruner.report.data import read_report
 from llm_pruner.report.records import Measured
 from llm_pruner.search.fast_widths import Rounding
+from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.evaluate import EvaluateSettings
 from llm_pruner.surgery.cut import cut_
 from llm_pruner.types import Discovery
@@ -486,6 +493,45 @@ def test_the_disk_is_looked_at_again_once_it_is_known_what_stays(
     # Half of the units of a few layers are far less than half of the weights.
     few = ("--unit-ratio", 0.5, "--structures", "heads", "--criterion", "l2")
     assert "small needs about " in refused("prune", tiny, "--out", "small", *few)
+
+
+def test_refitted_weights_of_a_streamed_model_have_their_room(
+    work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_text(work / "text.txt", 4000)
+    size, free = (tiny / "model.safetensors").stat().st_size, [0]
+    monkeypatch.setattr(prune_start, "free_on_disk", lambda: free[0])
+    refits = ("--structures", "ffn", "--ratio", 0.1, "--criterion", "l2", "--samples", 4)
+    refits += ("--compensation", "least-squares", "--calibration", "text.txt", "--seq-len", 16)
+    words = ("prune", tiny, "--out", "small", *refits, "--no-verify")
+    streamed = (*words, "--memory", "10KB")
+    assert "the refit needs about 0.1 MB for new weights, and " in refused(*streamed)
+    free[0] = 10**9
+    monkeypatch.setattr(llm_pruner.files.outputs, "free_bytes", lambda _: int(0.92 * size))
+    monkeypatch.setattr(prune_start, "scratch_folder", lambda: str(work))
+    assert "small needs about " in refused(*streamed)
+    done(*words)  # in memory, nothing lies on the disk but the result
+
+
+def test_room_that_is_there_when_the_result_is_written(
+    tiny: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = stored_size(str(tiny), None, "auto")
+    assert size is not None
+    asked = partial(prune_start.check_space, Path("small"), ModelSettings(model=str(tiny)))
+    monkeypatch.setattr(prune_start, "scratch_folder", lambda: str(work))
+    store, states = ActivationStore(range(2), 3, memory=100), HiddenStates()
+    store.write(0, slice(0, 3), torch.ones(3, 2500))
+    states.keep(torch.ones(3, 2500), store)
+    freed = states.bytes_on_disk()
+    for more in (0, -1):
+        free = size[1] + 40_000 - freed + more
+        monkeypatch.setattr(llm_pruner.files.outputs, "free_bytes", lambda _, free=free: free)
+        with nullcontext() if more == 0 else pytest.raises(UserError, match="small needs about"):
+            asked(share=1, beside=40_000, freed=freed)
+    assert freed == 30_000
+    states.close()
+    assert states.bytes_on_disk() == 0
 
 
 def test_surgery_that_goes_wrong_names_the_group_and_saves_nothing(

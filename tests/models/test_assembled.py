@@ -69,11 +69,11 @@ def test_what_lies_in_weight_files_alone_is_noted(tmp_path: Path) -> None:
     save_file({"a": torch.randn(64, 64), "b": torch.randn(64, 64).half()}, file)
     values = load_file(file)
     a, b = values["a"], values["b"]
-    with put_together_late(mapped_files):
+    with put_together_late(lambda: mapped_files(tmp_path)):
         assert isinstance(torch.stack([a, a]), Assembled)
         assert isinstance(torch.cat([torch.stack([a, a]), torch.stack([a, a])], dim=1), Assembled)
         for plain in (torch.stack([a, torch.randn(64, 64)]), torch.cat([a.T, a.T])):
             assert type(plain) is torch.Tensor
         assert type(torch.cat([a.float(), b.float()])) is torch.Tensor
     assert type(torch.stack([a, a])) is torch.Tensor
-    assert not are_mapped(torch.randn(64, 64), mapped_files())
+    assert not are_mapped(torch.randn(64, 64), mapped_files(tmp_path))

@@ -35,9 +35,10 @@ from llm_pruner.errors import UserError
 from llm_pruner.evaluation.result_cache import shared_corpora
 from llm_pruner.models import load as loading
 from llm_pruner.models import stored as sources
-from llm_pruner.models.gguf_file import drop_tokens_beyond_
+from llm_pruner.models.gguf_file import drop_tokens_beyond_, weights_in
 from llm_pruner.models.load import fingerprint, load_model
 from llm_pruner.models.streaming import is_model_streamed
+from llm_pruner.settings.common import ModelSettings
 
 
 @pytest.fixture
@@ -382,6 +383,26 @@ def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
         monkeypatch.setattr(auto, "from_pretrained", redirected)
     return cache
+
+
+def test_room_for_a_file_that_is_unpacked_whole(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = folder.parent / "m.gguf"
+    done("export", folder, "--type", "f16", "--out", file)
+    count = sum(one.numel() for one in tiny_model("llama").parameters())
+    assert weights_in(file) == count
+    packed = ModelSettings(model=str(file), dtype="bfloat16")
+    with pytest.raises(UserError, match=r"a \.gguf is unpacked whole, .* in bfloat16, more than"):
+        loading.check_memory(packed, 2 * count - 1)
+    caplog.clear()
+    for free in (2 * count, 2 * count - 1):
+        assert not caplog.messages
+        monkeypatch.setattr(loading, "free_bytes", lambda _, free=free: free)
+        loading.check_memory(packed, "auto")
+    assert "GB of memory are free" in caplog.text
+    loading.check_memory(packed, 2 * count)
+    loading.check_memory(packed.loading(folder), 1)
 
 
 @pytest.mark.usefixtures("hub")

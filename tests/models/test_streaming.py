@@ -30,6 +30,7 @@ from llm_pruner.models.assembled import Assembled, files
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import load_model
 from llm_pruner.models.streaming import (
+    as_before,
     ends_of,
     is_model_streamed,
     is_streamed,
@@ -320,6 +321,52 @@ def test_weights_are_there_in_their_turn_and_nan_out_of_it(streamed: Any) -> Non
     assert torch.equal(values_of(weight), held)
 
 
+def test_a_weight_that_cannot_be_read_leaves_no_trace(
+    streamed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = torch.arange(3, 40)[None]
+    read, count = stored_weight.StoredWeight.read, iter(range(1, 1000))
+
+    def full(source: Any, *dtype: Any) -> torch.Tensor:
+        if next(count) == 5:
+            raise torch.OutOfMemoryError
+        return read(source, *dtype)
+
+    with torch.no_grad():
+        expected = streamed(tokens).logits
+        monkeypatch.setattr(stored_weight.StoredWeight, "read", full)
+        with (
+            pytest.raises(torch.OutOfMemoryError),
+            as_before(streamed),
+            turn(*streamed.model.layers),
+        ):
+            pass
+        assert torch.equal(streamed(tokens).logits, expected)
+
+
+def test_of_a_cut_embedding_a_few_rows_are_read(
+    streamed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident, tokens = load_model(str(tmp_path / "model")).model, torch.arange(3, 40)[None]
+    discovery = discover(streamed)
+    name = next(one.name for one in discovery.groups if one.kind == "hidden")
+    cut, expected = (cut_copy(one, discovery, {name: [2, 5]}) for one in (streamed, resident))
+    table = streaming._SOURCES[cut.get_input_embeddings().weight]
+    assert table.changes
+    read = stored_weight.StoredWeight.read
+
+    def watched(source: Any, *dtype: Any) -> torch.Tensor:
+        assert source is not table
+        return read(source, *dtype)
+
+    with torch.no_grad():
+        monkeypatch.setattr(stored_weight.StoredWeight, "read", watched)
+        assert torch.equal(cut(tokens).logits, expected(tokens).logits)
+        monkeypatch.undo()
+        again = cut_copy(cut, discover(cut), {name: [1]})  # a trace sees the table as it was cut
+    assert again.get_input_embeddings().weight.shape[1] == table.stored.shape[1] - 3
+
+
 def test_a_streamed_model_takes_no_memory_for_blocks_embedding_and_head(streamed: Any) -> None:
     inside = [*streamed.model.layers.parameters()]
     inside += [streamed.get_input_embeddings().weight, streamed.lm_head.weight]
@@ -418,11 +465,11 @@ def mapped_bytes(file: Path) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="Linux tells what is mapped")
-def test_weights_in_the_cache_of_the_hub_are_known_to_lie_in_files(tmp_path: Path) -> None:
-    """There a file is a link to a blob, whose name is a hash alone."""
-    place, blobs = save(tmp_path / "snapshot", "llama"), tmp_path / "blobs"
-    blobs.mkdir()
-    blob = blobs / ("0a" * 32)
+@pytest.mark.parametrize("name", ["blobs/" + "0a" * 32, "store/files/md5/0a/" + "0a" * 15])
+def test_weights_that_are_links_are_known_to_lie_in_files(tmp_path: Path, name: str) -> None:
+    """In the cache of the hub, and in stores of versions, a file has a hash for a name."""
+    place, blob = save(tmp_path / "snapshot", "llama"), tmp_path / name
+    blob.parent.mkdir(parents=True)
     (place / "model.safetensors").rename(blob)
     (place / "model.safetensors").symlink_to(blob)
     model = load_model(str(place), memory=TINY).model
@@ -461,6 +508,18 @@ def test_a_weight_that_took_another_one_s_place_lies_on_the_disk(
         source.forget()  # read again from the file
         with turn(layers[number]):
             assert torch.equal(module.weight, new.to(source.stored.dtype).to(new.dtype))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="others keep them in memory")
+def test_says_once_that_the_disk_has_no_room(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stored_weight._say_full.cache_clear()
+    values = torch.ones(2**18)
+    for free, said in ((2 * values.nbytes, 1), (0, 1), (10**9, 1)):
+        monkeypatch.setattr(stored_weight, "free_on_disk", lambda free=free: free)
+        assert stored_weight.filed(values)[1] is (free == 10**9)
+        assert sum("new weights stay in memory" in one for one in caplog.messages) == said
 
 
 @pytest.mark.parametrize("method", ["llm_pruner", "torchao"])

@@ -235,6 +235,15 @@ TABLE: dict[str, list[Bad]] = {
             ("--teacher empty", "empty has no config.json, so it is no checkpoint; name a…"),
         ),
         *bad(
+            "evaluate",
+            (
+                "--against default --memory 100MB",
+                "a .gguf is unpacked whole, and default takes 0.538 GB in float32, more than the "
+                "0.1 GB of --memory; name the folder that it was made of, which is read block by "
+                "block, or give more",
+            ),
+        ),
+        *bad(
             ("bench", "chat"),
             (
                 "--against file",
@@ -873,10 +882,11 @@ estimated from the headers of the weight files, the share that is kept, and `--d
 
 That is not asked of a model that is only now fetched from the hub; of a `.gguf` file, which packs
 its weights, the estimate is the least that they can take. `prune` asks again once it is known what
-stays, before anything is removed, and of a `--plan` then alone. What the number or the
-width of a model's layers decides (`--protect-first 99`), a `--seq-len` beyond its positions, and
-`--mask-prompt` of text without answers are found when the model is there. A word where a
-number is needed is refused by the command line together with its usage.
+stays, before anything is removed, and of a `--plan` then alone; and for the new weights that a
+refit of a model read block by block keeps in the temporary folder until all is saved. What the
+number or the width of a model's layers decides (`--protect-first 99`), a `--seq-len` beyond its
+positions, and `--mask-prompt` of text without answers are found when the model is there. A word
+where a number is needed is refused by the command line together with its usage.
 
 `tests/support/bad_commands.py` makes this page, and tests check each line of it.
 """

@@ -185,6 +185,16 @@ def test_what_is_wrong_in_half_precision(monkeypatch: pytest.MonkeyPatch, room: 
         check(net, {"layers.0.other": np.array([0, 1])}, discover(net))
 
 
+def test_a_streamed_model_that_no_gpu_can_widen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(verify, "is_model_streamed", lambda _: True)
+    monkeypatch.setattr(verify, "computed_in", full)
+    model, discovery = discovered("llama")
+    assert verify._verified_in_float32(model, discovery, {}) is None
+
+
 def test_code_that_runs_in_bfloat16_alone() -> None:
     net = Net(Body(lambda x: torch.relu(x.to(torch.bfloat16)))).to(torch.bfloat16)
     discovery = discover(net)

@@ -43,7 +43,7 @@ from llm_pruner.models.activation_store import HiddenStates
 from llm_pruner.models.blockwise import know_copy
 from llm_pruner.models.forward import maximum_length
 from llm_pruner.models.layers import sharing_copy
-from llm_pruner.models.load import LoadedModel, check, load
+from llm_pruner.models.load import LoadedModel, check, check_memory, load
 from llm_pruner.models.stored import check_file_states, file_states
 from llm_pruner.models.streaming import is_model_streamed
 from llm_pruner.planning import Plan
@@ -123,6 +123,7 @@ def check_settings(settings: CurveSettings) -> None:
     if settings.text is not None:
         _given_text(settings)
     check(settings.loading())
+    check_memory(settings.computing(), settings.memory)
 
 
 def check_text(settings: CurveSettings) -> None:

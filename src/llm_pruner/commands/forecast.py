@@ -65,7 +65,7 @@ from llm_pruner.importance.boundary_pass import ACTIVATIONS, TOKENS, one_of
 from llm_pruner.models.activation_store import ActivationStore, HiddenStates
 from llm_pruner.models.forward import Decoder, embedding_rows, is_on_meta, make_room_, tensor_bytes
 from llm_pruner.models.layers import heaviest_list, own_copy, sharing_copy, without_layers
-from llm_pruner.models.load import load, without_values
+from llm_pruner.models.load import check_memory, load, without_values
 from llm_pruner.models.lockstep import runs_in_step
 from llm_pruner.models.stored import stored_at, stored_size
 from llm_pruner.recovery.repair import TRAINED_BYTES
@@ -146,6 +146,8 @@ def forecast(settings: PruneSettings) -> Forecast:
         raise UserError(
             "--estimate measures the processor, and the run would be on a GPU; add --device cpu"
         )
+    if not run.weightless:
+        check_memory(settings.computing(), settings.memory)
     before = began - psutil.Process().create_time()
     return _Forecaster(run, before, began).made()
 
@@ -168,11 +170,14 @@ class _Forecaster:
         self.total, self.blocks, self.bytes = size.total, size.blocks or 0, size.bytes or 0
         stored = stored_size(settings.model, settings.revision, "auto")
         place = stored_at(settings.model, settings.revision)
-        self.file_bytes = 0 if stored is None else stored[1]
+        # Of what is not on this machine yet, the config says how large its files are.
+        fetched = self.total * self.loaded.stored_dtype.itemsize
+        self.file_bytes = fetched if stored is None else stored[1]
         if place is not None and place.is_file():
             self.file_bytes = place.stat().st_size
         self.room = settings.room(settings.device)
-        self.streamed = stored is not None and stored[0] is not None and self.bytes > self.room
+        in_blocks = stored is None or stored[0] is not None
+        self.streamed = in_blocks and self.bytes > self.room
         self.removed, self.rounds = self._removed(), settings.steps
         self.refitted = 0  # bytes of the new weights, beside the old ones until all are judged
         self._read_text()
@@ -221,8 +226,10 @@ class _Forecaster:
 
     def made(self) -> Forecast:
         """Measure, and put together what each stage takes."""
-        self.read, self.widen = _read_rates(self.settings)
         self.write = _write_rate(self.settings.out)
+        if self.file_bytes > free_bytes("cpu"):
+            _forget_files(self.settings)
+        self.read, self.widen = _read_rates(self.settings, self.write)
         self._measure()
         self._put_together()
         stages = {name: one for name, one in self.stages.items() if one != Taken()}
@@ -246,22 +253,43 @@ class _Forecaster:
     def _measure(self) -> None:
         """Find what each job takes on all blocks, and what the process holds when that is done."""
         count = self._count()
-        deeper = min(count, BLOCKS)
-        first, deep = (self._jobs_on(blocks, VOCABULARY) for blocks in (1, deeper))
+        deeper = min(count, BLOCKS, self._fitting())
+        first = self._jobs_on(1, VOCABULARY)
+        deep = self._jobs_on(deeper, VOCABULARY) if deeper > 1 else {}
         whole = self._jobs_on(1, None)
         self.jobs: dict[str, Taken] = {}
         self.refitted *= 0 if self.streamed else count
-        for job, taken in deep.items():
-            more = max(0.0, taken.seconds - first[job].seconds) / max(1, deeper - 1)
-            each = min(more, taken.seconds / deeper)  # what is more is no block's but chance
-            one = whole[job]
-            held = (taken.bytes - first[job].bytes) * (count - 1) // max(1, deeper - 1)
-            held = min(max(0, held), ACTIVATIONS) if job == "estimate" else 0
-            self.jobs[job] = Taken(one.seconds + each * (count - 1), one.bytes + held)
-        for job in first.keys() - deep.keys():
-            self.jobs[job] = Taken(first[job].seconds * count, first[job].bytes)
+        for job, one in first.items():
+            each, held = one.seconds, 0
+            once = whole.get(job, one)  # no refit comes to the head
+            if job in deep:
+                more = max(0.0, deep[job].seconds - each) / (deeper - 1)
+                each = min(more, deep[job].seconds / deeper)  # what is more is but chance
+                held = max(0, deep[job].bytes - one.bytes) * (count - 1) // (deeper - 1)
+            held = min(held, ACTIVATIONS) if job == "estimate" else 0
+            self.jobs[job] = Taken(once.seconds + each * (count - 1), once.bytes + held)
         give_back()
         self.process = psutil.Process().memory_info().rss
+
+    def _fitting(self) -> int:
+        """Return how many blocks fit into memory with a cut copy of them, at least one.
+
+        Raises:
+            UserError: not even one does, with embedding and head.
+        """
+        if self.run.weightless:
+            return BLOCKS
+        width, free = self.bytes // self.total, free_bytes("cpu")
+        block, ends = 2 * width * self.blocks // self._count(), width * (self.total - self.blocks)
+        if "hidden" in self.run.selection.structures:
+            ends *= 2
+        if block + ends > free:
+            raise UserError(
+                f"--estimate measures a block, embedding and head, of {(block + ends) / 1e9:.3g} "
+                f"GB with a cut copy, and {free / 1e9:.3g} GB of memory are free; free some, or "
+                "leave it out"
+            )
+        return max(1, free // block)
 
     def _jobs_on(self, blocks: int, vocabulary: int | None) -> dict[str, Taken]:
         """Do the work of all stages on a stand-in; return what each job took."""
@@ -594,8 +622,21 @@ def _fill_(model: nn.Module) -> None:
             part.copy_(values[: len(part)])
 
 
-def _read_rates(settings: PruneSettings) -> tuple[float, float]:
-    """Return bytes of the weight files that are read in a second, and widened when they are."""
+def _forget_files(settings: PruneSettings) -> None:
+    """Have weight files read from the disk, as a run has to that finds no room for all of them."""
+    place = stored_at(settings.model, settings.revision)
+    if place is None or not hasattr(os, "posix_fadvise"):
+        return
+    for file in [place] if place.is_file() else place.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _read_rates(settings: PruneSettings, written: float) -> tuple[float, float]:
+    """Return bytes of the weight files that are read in a second, and widened when they are.
+
+    Those that are not on this machine yet are taken to be read as fast as the output is written.
+    """
     place = stored_at(settings.model, settings.revision)
     if place is not None and place.is_file():
         return _unpacking_rate(place), math.inf
@@ -613,7 +654,12 @@ def _read_rates(settings: PruneSettings) -> tuple[float, float]:
                 tensor.to(kind, copy=True)
                 read, widened = read + middle - begin, widened + time.perf_counter() - middle
                 bytes_ += tensor.nbytes
-    return (bytes_ / read, bytes_ / widened) if bytes_ else (math.inf, math.inf)
+    if not bytes_:
+        tensor = torch.zeros(SAMPLE // 2, dtype=torch.bfloat16)
+        begin = time.perf_counter()
+        tensor.to(kind, copy=True)
+        return written, tensor.nbytes / (time.perf_counter() - begin)
+    return bytes_ / read, bytes_ / widened
 
 
 def _unpacking_rate(file: Path) -> float:

@@ -42,7 +42,7 @@ from llm_pruner.models.activation_store import HiddenStates
 from llm_pruner.models.blockwise import NotBlockwise, find_chain
 from llm_pruner.models.forward import embedding_rows, is_on_meta, undisturbed
 from llm_pruner.models.layers import sharing_copy
-from llm_pruner.models.load import LoadedModel, load
+from llm_pruner.models.load import LoadedModel, check_memory, load
 from llm_pruner.models.streaming import is_model_streamed
 from llm_pruner.planning.rounding import rounded_for
 from llm_pruner.report import facts
@@ -294,6 +294,8 @@ class PruneRun:
         if isinstance(self.settings.memory, str):
             self.room //= sharing(self.device)
         loading = self.settings.computing().but(device=self.device)
+        if loaded is None and not self.weightless:
+            check_memory(loading, self.settings.memory)
         self.loaded = loaded or load(
             loading, weights=not self.weightless, memory=self.room, tokenizer=self.tokenizer
         )
@@ -384,13 +386,21 @@ class PruneRun:
         self._check_space()
         self._cut(self.discovery, self.removal, self.removal)
 
-    def _check_space(self) -> None:
-        """Raise UserError if the disk is too full for what is left of the weights."""
+    def _check_space(self, known: HiddenStates | None = None) -> None:
+        """Raise UserError if the disk is too full for what is left of the weights.
+
+        Args:
+            known: hidden states that are gone when they are saved.
+        """
         if not self.saves:
             return
         before, after = (count_parameters(self.discovery, one) for one in (None, self.removal))
+        share, fitted = after / before, 0
+        if self.refitter is not None:
+            fitted = int(share * self.refitter.bytes_on_disk(self.removal))
+        freed = 0 if known is None else known.bytes_on_disk()
         loading = self.settings.loading()
-        start.check_space(self.settings.out, loading, share=after / before)
+        start.check_space(self.settings.out, loading, share=share, beside=fitted, freed=freed)
 
     def reach(self) -> planning.Cost | None:
         """Decide what was left to the model, and refuse a target that no importance can reach.
@@ -464,7 +474,7 @@ class PruneRun:
         self.removal = numbering.removal()
         self.plan = self._planned()
         if not settings.dry_run:
-            self._check_space()
+            self._check_space(known)
             self._cut(discovery, removal, self.removal, known, last=True)
 
     def _planned(self) -> planning.Plan:

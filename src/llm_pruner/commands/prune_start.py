@@ -14,6 +14,7 @@ from llm_pruner.data.text import shares_of
 from llm_pruner.errors import UserError
 from llm_pruner.files import outputs
 from llm_pruner.importance import Criterion
+from llm_pruner.models.activation_store import free_on_disk, scratch_folder
 from llm_pruner.models.stored import stored_size
 from llm_pruner.planning import Selection, Target
 from llm_pruner.report.text import megabytes
@@ -194,6 +195,8 @@ def check_space(
     *,
     copies: float = 1,
     share: float | None = None,
+    beside: int = 0,
+    freed: int = 0,
 ) -> None:
     """Raise UserError if the disk is too full for the weights of a result.
 
@@ -205,6 +208,8 @@ def check_space(
         target: what is removed; None: nothing.
         copies: how many such results lie there at one time.
         share: what is kept, where that is known.
+        beside: bytes that lie in the temporary folder as well by then, maybe on the same disk.
+        freed: bytes that lie there now, and not by then.
 
     Raises:
         UserError: or a weight file is damaged, or the model has no more parameters than are to be
@@ -216,7 +221,15 @@ def check_space(
     parameters, bytes_ = stored
     share = share_kept(target, parameters) if share is None else share
     needed = int(bytes_ * share * copies)
-    free = outputs.free_bytes(out)
+    free, folder = outputs.free_bytes(out), scratch_folder()
+    if beside > free_on_disk():
+        raise UserError(
+            f"the refit needs about {megabytes(beside)} for new weights, and {folder} has "
+            f"{megabytes(free_on_disk())} free; set TMPDIR to a larger disk, or use --compensation "
+            "none"
+        )
+    if os.stat(folder).st_dev == os.stat(outputs.nearest(out)).st_dev:
+        needed, free = needed + beside, free + freed
     if needed > free:
         kind = "" if model.dtype == "auto" else f" in {model.dtype}"
         raise UserError(

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from llm_pruner.compensation import Refitted, refit_
+from llm_pruner.compensation.refit import KINDS
 from llm_pruner.data.calibration import Calibration, further_text
 from llm_pruner.models.activation_store import HiddenStates
 from llm_pruner.models.blockwise import know_copy
+from llm_pruner.models.consumers import consumers_of, linear_modules
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import LoadedModel
 from llm_pruner.models.streaming import is_model_streamed
@@ -64,7 +66,24 @@ class Refitter:
         self._model, self._dense = loaded.model, sharing_copy(loaded.model)
         know_copy(self._model, self._dense)
         self._discovery, self._surgeon, self._saved = discovery, surgeon, saved
+        self._stored = loaded.stored_dtype
         self.done: list[Refitted] = []
+
+    def bytes_on_disk(self, removal: Removal) -> int:
+        """Return what new weights take there, as large as the dense ones; none in memory."""
+        if not is_model_streamed(self._dense):
+            return 0
+        gone = {one.kind for one in self._discovery.groups if len(removal.get(one.name, ()))}
+        linear = linear_modules(self._dense)
+        weights = {
+            f"{consumer.module}.weight"
+            for group in self._discovery.groups
+            if group.kind in KINDS and (not gone <= {*KINDS} or len(removal.get(group.name, ())))
+            for consumer in consumers_of(self._dense, group, linear)
+        }
+        return (
+            sum(self._dense.get_parameter(one).numel() for one in weights) * self._stored.itemsize
+        )
 
     def refit(
         self,

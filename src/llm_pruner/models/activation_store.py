@@ -89,6 +89,10 @@ class ActivationStore:
         if key in self._files:
             self._files.pop(key).close()
 
+    def bytes_on_disk(self) -> int:
+        """Return what the files take."""
+        return sum(os.fstat(file.fileno()).st_size for file in self._files.values())
+
     def _offset(self, samples: slice) -> int:
         return int(samples.start) * self._form.nbytes
 
@@ -123,6 +127,10 @@ class HiddenStates:
         if self._store is not None:
             self._store.close()
         self._store = None
+
+    def bytes_on_disk(self) -> int:
+        """Return what they take there, which is free once they are closed."""
+        return 0 if self._store is None else self._store.bytes_on_disk()
 
     def keep(self, input_ids: torch.Tensor, store: ActivationStore) -> None:
         """Take over a store with an array for each boundary, of tokens (samples, seq_len)."""

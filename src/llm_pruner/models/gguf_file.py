@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from pathlib import Path
@@ -76,6 +77,16 @@ def require_all_read(model: Any, file: Path) -> None:
             f"{file} has {len(left)} weights, {min(left)} first, that transformers does not read "
             f"into a {type(model).__name__}; name the folder that it was made of"
         )
+
+
+def weights_in(file: Path) -> int:
+    """Return how many numbers the weights of a file are, by its header."""
+    start = _header(file)
+    sizes = (
+        struct.unpack_from(f"<{start[one.end() - 4]}Q", start, one.end())
+        for one in _WEIGHT.finditer(start)
+    )
+    return sum(map(math.prod, sizes))
 
 
 def _said(start: bytes, key: str) -> Any:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -44,12 +45,17 @@ from llm_pruner.models import stored as on_disk
 from llm_pruner.models.assembled import element, put_together_late
 from llm_pruner.models.explained import explained
 from llm_pruner.models.forward import embedding_rows, leave_weights_
-from llm_pruner.models.gguf_file import complete_from_gguf_, drop_tokens_beyond_, require_all_read
+from llm_pruner.models.gguf_file import (
+    complete_from_gguf_,
+    drop_tokens_beyond_,
+    require_all_read,
+    weights_in,
+)
 from llm_pruner.models.older_code import complete_
 from llm_pruner.models.stored_weight import mapped_files
 from llm_pruner.models.streaming import stored, stream_
 from llm_pruner.models.unrounded import unrounded
-from llm_pruner.runtime.memory import keep_all_blocks
+from llm_pruner.runtime.memory import free_bytes, keep_all_blocks
 from llm_pruner.runtime.progress import quiet_bars
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.limits import check_installed
@@ -164,7 +170,8 @@ def load_model(
                 # The class of this package does what the code of the folder does.
                 of_model = replace(found, shared=found.shared | {"trust_remote_code": False})
             said = getattr(config, "dtype", None)  # what loads may write into the config
-            with nullcontext() if place is None else put_together_late(mapped_files):
+            late = None if place is None else put_together_late(partial(mapped_files, place))
+            with late or nullcontext():
                 model, unread = _load_model(source, of_model, config, options, weights)
         reads = weights if reads_tokenizer is None else reads_tokenizer
         tokenizer = _load_tokenizer(source, found, tokenizer_required) if reads else None
@@ -183,7 +190,8 @@ def load_model(
         kinds = (on_disk.dtype_named(dtype), said, model.dtype)
         kind = next(one for one in kinds if isinstance(one, torch.dtype))
         exact = unrounded(source, model, place, there, kind, unread)
-        stream_(model, kind, _device(device), memory or 0, unrounded=exact)
+        ranges = mapped_files(place)
+        stream_(model, kind, _device(device), memory or 0, ranges=ranges, unrounded=exact)
     return LoadedModel(
         model=model.eval(),
         tokenizer=tokenizer,
@@ -287,6 +295,33 @@ def exceeds(model: ModelSettings, memory: int) -> bool:
         return False
     size = _bytes_by_block(model.model, model.revision, model.dtype)
     return size is not None and size > memory
+
+
+def check_memory(model: ModelSettings, memory: int | str) -> None:
+    """Look at whether there is room for a ``.gguf`` file, which is unpacked as a whole.
+
+    Args:
+        memory: bytes that the weights may take; ``auto`` if nobody said, when what is free is only
+            compared.
+
+    Raises:
+        UserError: they need more than was said.
+    """
+    file = on_disk.local_path(model.model)
+    if file.suffix != ".gguf" or not file.is_file():
+        return
+    kind = "float32" if model.dtype == "auto" else model.dtype
+    size = weights_in(file) * getattr(torch, kind).itemsize
+    room = free_bytes(model.device) if isinstance(memory, str) else memory
+    if size <= room:
+        return
+    said = f"a .gguf is unpacked whole, and {model.model} takes {size / 1e9:.3g} GB in {kind}"
+    if not isinstance(memory, str):
+        raise UserError(
+            f"{said}, more than the {room / 1e9:.3g} GB of --memory; name the folder that it was "
+            "made of, which is read block by block, or give more"
+        )
+    _LOG.warning("%s, and %.3g GB of memory are free", said, room / 1e9)
 
 
 def _bytes_by_block(source: str, revision: str | None, dtype: str) -> int | None:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import mmap
-import re
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
+from torch.nn import functional
 
 from llm_pruner.models.activation_store import free_on_disk, scratch_folder
 from llm_pruner.models.assembled import Assembled, files, leaves, whole
+from llm_pruner.models.stored import weight_names
 from llm_pruner.runtime.memory import give_back
+
+_LOG = logging.getLogger(__name__)
 
 _PIECE = 2**24
 """Bytes of a file that are widened at a time."""
@@ -29,6 +36,10 @@ _FILED = 2**16
 _DONT_NEED = 4  # MADV_DONTNEED: drop the pages; those of a file are read again when needed
 
 
+Changes: TypeAlias = tuple[tuple[int, torch.Tensor, bool], ...]
+"""(Axis, positions, whether these alone stay; else they are zero), in order."""
+
+
 @dataclass(frozen=True)
 class StoredWeight:
     """Where a weight's values come from.
@@ -38,7 +49,7 @@ class StoredWeight:
         dtype, device: of computation.
         mapped: whether ``stored`` is a view of files that nobody writes to.
         tied: whether several modules use it.
-        changes: (axis, positions, whether these alone stay; else they are zero), in order.
+        changes: see ``Changes``.
     """
 
     stored: torch.Tensor
@@ -46,7 +57,7 @@ class StoredWeight:
     device: torch.device
     mapped: bool
     tied: bool = False
-    changes: tuple[tuple[int, torch.Tensor, bool], ...] = ()
+    changes: Changes = ()
 
     def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return the values, on fresh memory or as they are stored."""
@@ -54,14 +65,12 @@ class StoredWeight:
         anew = isinstance(self.stored, Assembled) or kind != self.stored.dtype
         if not self.changes and anew and self.stored.is_contiguous():
             return self.copied(kind)
-        value = whole(self.stored)
-        for dim, places, stay in self.changes:
-            positions = places.to(value.device)
-            if stay:
-                value = value.index_select(dim, positions)
-            else:
-                value = value.index_fill(dim, positions, 0)
-        return value.to(self.device, kind)
+        return _changed(whole(self.stored), self.changes).to(self.device, kind)
+
+    def rows(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the rows of these numbers in their own type, where all changes are of columns."""
+        across = tuple((-1, places, stay) for _, places, stay in self.changes)
+        return _changed(functional.embedding(input, whole(self.stored)), across)
 
     def copied(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the values on fresh memory; of a file, one piece is there beside them."""
@@ -101,13 +110,23 @@ class StoredWeight:
                 libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONT_NEED)
 
 
+def _changed(value: torch.Tensor, changes: Changes) -> torch.Tensor:
+    for dim, places, stay in changes:
+        at = places.to(value.device)
+        value = value.index_select(dim, at) if stay else value.index_fill(dim, at, 0)
+    return value
+
+
 def filed(values: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """Return values mapped from a temporary file without a name, and whether they are.
 
-    They stay in memory where they are few, the disk has no room, or the system is not Linux.
+    They stay in memory where they are few, the disk has no room, which is said once, or the system
+    is not Linux.
     """
-    room = free_on_disk() // 2
-    if not sys.platform.startswith("linux") or not _FILED <= values.nbytes < room:
+    if not sys.platform.startswith("linux") or values.nbytes < _FILED:
+        return values, False
+    if values.nbytes >= free_on_disk() // 2:
+        _say_full(scratch_folder())
         return values, False
     with tempfile.TemporaryFile(dir=scratch_folder()) as file:
         values.contiguous().flatten().view(torch.uint8).numpy().tofile(file)
@@ -115,6 +134,11 @@ def filed(values: torch.Tensor) -> tuple[torch.Tensor, bool]:
         name, count = f"/proc/self/fd/{file.fileno()}", values.numel()
         found = torch.from_file(name, shared=False, size=count, dtype=values.dtype)
     return found.view(values.shape), True
+
+
+@cache
+def _say_full(folder: str) -> None:
+    _LOG.warning("new weights stay in memory: %s has no room; set TMPDIR to a larger disk", folder)
 
 
 def _pieces(
@@ -128,19 +152,19 @@ def _pieces(
     yield from zip(stored.split(rows), place.split(rows), strict=True)
 
 
-_WEIGHT_FILE = re.compile(r"\.safetensors$|/blobs/[0-9a-f]{40,}$")
-"""What the system calls a file of weights; in the cache of the hub these are links to blobs."""
+def mapped_files(folder: Path) -> list[tuple[int, int]]:
+    """Return the ranges of addresses at which a folder's weight files are mapped.
 
-
-def mapped_files() -> list[tuple[int, int]]:
-    """Return the ranges of addresses at which weight files are mapped; none but on Linux."""
+    None but on Linux. A file may be a link to a name of any kind, as in the cache of the hub.
+    """
     maps = Path("/proc/self/maps")
     if not sys.platform.startswith("linux") or not maps.is_file():
         return []
+    names = {os.path.realpath(folder / name) for name in weight_names(folder)}
     found = []
-    for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in os.fsdecode(maps.read_bytes()).splitlines():
         fields = line.split(maxsplit=5)
-        if len(fields) == 6 and fields[4] != "0" and _WEIGHT_FILE.search(fields[5]):
+        if len(fields) == 6 and fields[5] in names:
             first, last = (int(number, 16) for number in fields[0].split("-"))
             found.append((first, last))
     return found

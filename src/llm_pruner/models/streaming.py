@@ -24,14 +24,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from llm_pruner.errors import UserError
-from llm_pruner.models.assembled import Assembled, are_mapped, whole
+from llm_pruner.models.assembled import Assembled, Ranges, are_mapped, whole
 from llm_pruner.models.layers import heaviest_list, names_in_float32, own_copy, with_initialisers
 from llm_pruner.models.lone_ends import lone_ends
-from llm_pruner.models.stored_weight import StoredWeight, filed, mapped_files
+from llm_pruner.models.stored_weight import StoredWeight, filed
 from llm_pruner.types import IntArray
 
 _LOG = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def in_turns(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         memo[id(one)] = nn.Parameter(one.detach(), one.requires_grad)
     device = next(model.parameters()).device
     copy = own_copy(model, memo)
-    stream_(copy, dtype, device, in_memory=True)
+    stream_(copy, dtype, device)
     return copy
 
 
@@ -115,7 +115,7 @@ def stream_(
     device: torch.device | str = "cpu",
     room: int = 0,
     *,
-    in_memory: bool = False,
+    ranges: Ranges = (),
     unrounded: Mapping[int, torch.Tensor] | None = None,
 ) -> None:
     """Have weights read for each turn of their block, embedding or head; turn others to ``dtype``.
@@ -127,7 +127,7 @@ def stream_(
         dtype: of computation.
         device: where it is computed.
         room: bytes that the weights may take; see ``room_for``.
-        in_memory: the weights are not those of the files any more.
+        ranges: of addresses at which the files of its weights are mapped, if they are.
         unrounded: id of a parameter -> its values, where loading has rounded them.
 
     Raises:
@@ -144,7 +144,6 @@ def stream_(
     _compute_anew_(model, dtype)
     noted, wide = {**(unrounded or {}), **_set_apart_(model)}, _wide(model, dtype)
     uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
-    ranges = [] if in_memory else mapped_files()
 
     def source_of(tensor: torch.Tensor) -> StoredWeight:
         stored = noted.get(id(tensor), tensor).detach()
@@ -294,9 +293,13 @@ def _end_in_turn(end: nn.Module, number: int, forward: Any, *args: Any, **kwargs
         if source is not None and args and args[0].dtype == torch.float64 != source.dtype:
             args = (args[0].to(source.dtype), *args[1:])
         return _in_turn(end, number, forward, *args, **kwargs)
-    with turn(end):
-        found = forward(*args, **kwargs)
     source = _SOURCES.get(end.weight)
+    if source is not None and end.weight not in _held and _finds_rows(end, source):
+        found = source.rows(*args, **kwargs)
+        source.forget()
+    else:
+        with turn(end):
+            found = forward(*args, **kwargs)
     return found if source is None else found.to(source.dtype)
 
 
@@ -320,20 +323,21 @@ def turn(*blocks: nn.Module) -> Iterator[None]:
     ]
     stand_ins = []
     types = [_type_in_turn(module, _SOURCES[parameter]) for module, _, parameter in places]
-    with _undisturbed_by_modes():
-        for (_, _, parameter), kind in zip(places, types, strict=True):
-            if parameter not in _held:
-                stand_ins.append((parameter, parameter.data))
-                parameter.data = values_of(parameter, kind)
-                _held[parameter] = True
     try:
+        with _undisturbed_by_modes():
+            for (_, _, parameter), kind in zip(places, types, strict=True):
+                if parameter not in _held:
+                    values = values_of(parameter, kind)  # of which the memory may be too full
+                    stand_ins.append((parameter, parameter.data))
+                    parameter.data = values
+                    _held[parameter] = True
         yield
     finally:
         if stand_ins:
             torch.clear_autocast_cache()  # of the weights in bfloat16
         with _undisturbed_by_modes():
             for parameter, stand_in in stand_ins:
-                del _held[parameter]
+                _held.pop(parameter, None)
                 parameter.data = stand_in
                 _SOURCES[parameter].forget()
             for module, key, before in places:
@@ -370,6 +374,15 @@ def _reads_rows(module: nn.Module, source: StoredWeight) -> bool:
     """
     narrow = torch.promote_types(source.stored.dtype, source.dtype) == source.dtype
     return type(module) is nn.Embedding and narrow and not _wants_gradient(module)
+
+
+def _finds_rows(module: nn.Module, source: StoredWeight) -> bool:
+    """Whether rows can be looked up where they lie, before they are cut: a cut table is a copy.
+
+    A trace, which knows the table as it was cut, is to see the lookup there.
+    """
+    across = all(dim == 1 for dim, _, _ in source.changes)
+    return across and _reads_rows(module, source) and _get_current_dispatch_mode() is None
 
 
 def _wants_gradient(module: nn.Module) -> bool:

@@ -156,8 +156,8 @@ def _verified_in_float32(
         VerificationError: it is not its masked twin.
     """
     streamed = is_model_streamed(model)
-    with computed_in(model, torch.float32) if streamed else nullcontext():
-        try:
+    try:
+        with computed_in(model, torch.float32) if streamed else nullcontext():
             if streamed:
                 wide = sharing_copy(model)
             elif _has_room(model, copies=1):
@@ -165,11 +165,11 @@ def _verified_in_float32(
             else:
                 wide = in_turns(model, torch.float32)
             return cut_verified_(wide, discovery, removal)[1]
-        except VerificationError as error:
-            if error.__cause__ is None:
-                raise
-        except (UserError, torch.OutOfMemoryError):  # no list of blocks, or no room on the GPU
-            pass
+    except VerificationError as error:
+        if error.__cause__ is None:
+            raise
+    except (UserError, torch.OutOfMemoryError):  # no list of blocks, or no room on the GPU
+        pass
     return None
 
 
