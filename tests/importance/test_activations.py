@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
+import weakref
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from transformers import AutoModelForCausalLM
 
 from families import discovered, make
 from helpers import tiny_model
@@ -26,6 +30,7 @@ from llm_pruner.models.activation_store import HiddenStates
 from llm_pruner.models.blockwise import find_chain
 from llm_pruner.models.consumers import Consumer, consumers_of, weight_of
 from llm_pruner.models.forward import undisturbed
+from llm_pruner.models.streaming import stream_
 from llm_pruner.runtime.processes import ALONE
 from llm_pruner.types import Group, Member
 from nets import Body, Net
@@ -102,9 +107,13 @@ def test_gates_are_derivatives(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "gemma3_text", "olmo2"])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_activations_that_are_held_say_what_blocks_say_that_run_again(
-    name: str, stride: int, monkeypatch: pytest.MonkeyPatch
+    name: str, stride: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The latter where weights are read block by block; other products are rounded to bfloat16."""
     model, discovery = discovered(name)
+    model.save_pretrained(tmp_path)
+    streamed = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    stream_(streamed, torch.float32)
     kinds, needs = ("heads", "ffn", "layers"), {"gates"}
     if stride == 2:
         kinds, needs = ("heads", "ffn"), {"gates", "tokens", "moments"}
@@ -115,15 +124,20 @@ def test_activations_that_are_held_say_what_blocks_say_that_run_again(
     monkeypatch.setattr(boundary_pass, "_FEWEST_HELD", 64)
     monkeypatch.setattr(boundary_pass, "loss_stride", lambda _: stride)
     ran: list[slice] = []
-    real = boundary_pass._BlockPass._there_and_back
-    monkeypatch.setattr(
-        boundary_pass._BlockPass,
-        "_there_and_back",
-        lambda self, part: (ran.append(part), real(self, part))[1],
-    )
+    sizes: list[tuple[int, int]] = []
+
+    class Noted(boundary_pass._BlockPass):
+        def _there_and_back(self, part: slice) -> None:
+            ran.append(part)
+            super()._there_and_back(part)
+
+        def _measure(self, index: int) -> None:
+            super()._measure(index)
+            sizes.append((self.each, self.copies))
+
+    monkeypatch.setattr(boundary_pass, "_BlockPass", Noted)
     found, states = [], []
-    for streamed in (False, True):
-        monkeypatch.setattr(boundary_pass, "is_model_streamed", lambda _, is_so=streamed: is_so)
+    for one in (model, streamed):
         seen: dict[str, Observation] = {}
 
         def note(one: Observation, seen: Any = seen) -> np.ndarray[Any, Any]:
@@ -132,9 +146,11 @@ def test_activations_that_are_held_say_what_blocks_say_that_run_again(
 
         how = Measure(frozenset(needs), note)
         states.append(HiddenStates())
-        with undisturbed(model):
-            measure(model, ids, groups, how, ALONE, states[-1])
+        with undisturbed(one), torch.autocast("cpu", torch.bfloat16, enabled=stride == 2):
+            measure(one, ids, groups, how, ALONE, states[-1])
         found.append(seen)
+    assert sizes[0] == sizes[1]
+    assert (sizes[0][1] > 0) == (stride == 2)
     assert [one.stop - one.start for one in ran] == [3, 3, 2, 3, 1]
     held, again = found
     assert held.keys() == again.keys() == {group.name for group in groups}
@@ -152,6 +168,41 @@ def test_activations_that_are_held_say_what_blocks_say_that_run_again(
         assert torch.equal(*whole)
     for one in states:
         one.close()
+
+
+def test_what_is_measured_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, discovery = discovered("llama")
+    groups = [g for g in discovery.groups if g.kind == "ffn"]
+    alive: list[weakref.ref[Any]] = []
+
+    class Token:
+        pass
+
+    class Node(torch.autograd.Function):
+        """Lives as long as something holds the graph that it is in."""
+
+        @staticmethod
+        def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+            ctx.token = Token()
+            alive.append(weakref.ref(ctx.token))
+            return values.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
+            return gradient
+
+    real = boundary_pass._BlockPass._measure
+
+    def measured(self: Any, index: int) -> None:
+        norm = self.chain.blocks[index].input_layernorm
+        with norm.register_forward_hook(lambda _m, _a, output: Node.apply(output)):
+            real(self, index)
+
+    monkeypatch.setattr(boundary_pass._BlockPass, "_measure", measured)
+    with undisturbed(model):
+        observe(model, tokens(8, 32), groups, ["gates"])
+    gc.collect()
+    assert [one() for one in alive] == [None]
 
 
 def test_gates_without_a_linear_consumer_come_from_weight_gradients() -> None:

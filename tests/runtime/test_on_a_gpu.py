@@ -24,7 +24,7 @@ from llm_pruner.evaluation.likelihood import log_likelihoods
 from llm_pruner.evaluation.perplexity import perplexity_of_windows
 from llm_pruner.evaluation.samples import sample_continuation
 from llm_pruner.evaluation.speed import measure_speed
-from llm_pruner.importance import Criterion, score
+from llm_pruner.importance import Criterion, boundary_pass, score
 from llm_pruner.models import streaming
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.streaming import stream_
@@ -70,8 +70,9 @@ def stages(model: Any, discovery: Discovery) -> Iterator[Any]:
 
 @pytest.fixture(autouse=True)
 def alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have neither device round factors to bfloat16."""
+    """Have neither device round factors to bfloat16, and room on both."""
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda *_: False)
+    monkeypatch.setattr(boundary_pass, "free_bytes", lambda _: 2**40)
 
 
 @contextmanager

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -61,7 +60,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.files.outputs import bytes_of, nearest
 from llm_pruner.importance import Criterion, score
-from llm_pruner.importance.boundary_pass import ACTIVATIONS, TOKENS, one_of
+from llm_pruner.importance.boundary_pass import ACTIVATIONS, TOKENS, as_in
 from llm_pruner.models.activation_store import ActivationStore, HiddenStates
 from llm_pruner.models.forward import Decoder, embedding_rows, is_on_meta, make_room_, tensor_bytes
 from llm_pruner.models.layers import heaviest_list, own_copy, sharing_copy, without_layers
@@ -368,8 +367,8 @@ class _Forecaster:
         selection = planning.Selection(structures=wanted)
         numbering = planning.Numbering.dense(discovery)
         names = planning.scored_groups(discovery, selection, numbering)
-        # A streamed model's blocks are run again, whatever could be held.
-        with fast_matmul(model), one_of(sys.maxsize if self.streamed else self._count()):
+        real = as_in(self._count(), embedding_rows(self.model), streamed=self.streamed)
+        with fast_matmul(model), real:
             job = partial(score, model, discovery, criterion, seed=0, groups=names)
             found["estimate"], scores = _taken(partial(job, input_ids=ids[: self.batch]))
         dense = model_size(model)

@@ -15,6 +15,7 @@ from llm_pruner.models.blockwise import know_copy
 from llm_pruner.models.consumers import consumers_of, linear_modules
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import LoadedModel
+from llm_pruner.models.stored_weight import FILES
 from llm_pruner.models.streaming import is_model_streamed
 from llm_pruner.runtime.memory import give_back
 from llm_pruner.runtime.precision import mixed_precision
@@ -71,7 +72,7 @@ class Refitter:
 
     def bytes_on_disk(self, removal: Removal) -> int:
         """Return what new weights take there, as large as the dense ones; none in memory."""
-        if not is_model_streamed(self._dense):
+        if not is_model_streamed(self._dense) or not FILES:
             return 0
         gone = {one.kind for one in self._discovery.groups if len(removal.get(one.name, ()))}
         linear = linear_modules(self._dense)

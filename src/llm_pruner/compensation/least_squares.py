@@ -14,8 +14,9 @@ what is left to explain, two forms of the solution are equal, and the smaller sy
     W' = W + R^T (X D^-1 X^T + ridge I)^-1 X D^-1                 `Rows`, as many as tokens
 
 Both systems have a diagonal near one, so float32 is enough, with factors, and in sums over tokens
-products of a part of them, that may be rounded to bfloat16. R^T X is summed as it is, and W is not
-rounded in it: Z^T X - W X^T X would be a small difference of large numbers.
+products of a part of them, that may be rounded to bfloat16. R is computed for each token and R^T X
+summed, with W as it is: in Z^T X - W X^T X what was rounded in either sum would be left over. What
+is rounded in R, of the size of Z, differs from token to token and adds up to little.
 """
 
 from __future__ import annotations
@@ -250,7 +251,8 @@ class Choice:
     Attributes:
         ridge: None if the weight is as it was.
         before, after: errors on held-out tokens, of at most ``OUTPUTS`` output features; of a fit
-            that had not seen these tokens, with the last ridge that was tried.
+            that had not seen these tokens, with the best ridge that was tried, which the one that
+            was chosen may be a short step from.
     """
 
     weight: torch.Tensor
@@ -294,7 +296,7 @@ def _chosen(
     some = torch.arange(0, count, -(-count // OUTPUTS), device=weight.device)
     before = held_out.error(weight[some], some)
     system = fit.system()
-    least, most = log(ridges[0]), log(ridges[1])
+    least, most = map(log, ridges)
     place = min(max((least + most) / 2 if start is None else log(start), least), most)
     chosen, after = None, before
     for _ in range(_TRIES):

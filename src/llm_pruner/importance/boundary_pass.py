@@ -85,18 +85,22 @@ Seen: TypeAlias = tuple[str, torch.Tensor, torch.Tensor | None]
 """A module, what it was given or has returned, and the gradient of that."""
 
 
-_whole: int | None = None
+_like: tuple[int, int, bool] | None = None
 
 
 @contextmanager
-def one_of(blocks: int) -> Iterator[None]:
-    """Inside, samples go together as in a model of so many blocks."""
-    global _whole
-    before, _whole = _whole, blocks
+def as_in(blocks: int, vocabulary: int, *, streamed: bool = False) -> Iterator[None]:
+    """Inside, samples go together as in a model of so many blocks and logits for each token.
+
+    Args:
+        streamed: have blocks run again, as where weights do not stay in memory.
+    """
+    global _like
+    before, _like = _like, (blocks, vocabulary, streamed)
     try:
         yield
     finally:
-        _whole = before
+        _like = before
 
 
 class Collector:
@@ -254,6 +258,7 @@ class Batches:
         found = batches(samples, max(1, TOKENS // length))
         self.all = [(batch, number % processes.count) for number, batch in enumerate(found)]
         self.own = [batch for batch, owner in self.all if owner == processes.rank]
+        self.shared = processes.count > 1
 
     def parts(self, batch: slice, size: int) -> list[slice]:
         """Return slices of at most ``size`` samples of a batch; none if another process has it."""
@@ -267,6 +272,7 @@ class _BlockPass:
     states: ActivationStore
     gradients: ActivationStore
     each = ACTIVATIONS + 1  # bytes of all blocks' activations of a sample, if they may be held
+    copies = 0  # and of what their products round weights to, for however many samples
 
     def __init__(self, chain: Chain, input_ids: torch.Tensor, collector: Collector) -> None:
         self.chain, self.ids, self.collector = chain, input_ids, collector
@@ -287,9 +293,11 @@ class _BlockPass:
         head then has room for; and how many go forward and back together (0: blocks are run again
         for more of them)."""
         samples, length = self.ids.shape
-        logits = _LOGIT_BYTES * stride // (length * self.chain.vocabulary * 4)
+        vocabulary = self.chain.vocabulary if _like is None else _like[1]
+        logits = _LOGIT_BYTES * stride // (length * vocabulary * 4)
         self.stride, self.headed = stride, max(1, min(samples, logits, TOKENS // length))
-        size = min(max(1, _TOKENS_HELD // length), self.headed, ACTIVATIONS // self.each)
+        room = (ACTIVATIONS - self.copies) // self.each
+        size = min(max(1, _TOKENS_HELD // length), self.headed, room)
         self.held = 0
         if size * length >= _FEWEST_HELD:
             batch = max(1, TOKENS // length)
@@ -344,30 +352,44 @@ class _BlockPass:
             need = (self.count + 1) * samples * chain.entry(self.ids[:1]).nbytes
             if 2 * need > free_on_disk():
                 collector.keep = None  # others would be glad of them, but need room themselves
-            states = ActivationStore(range(self.count + 1), samples, MEMORY // 4)
+            light = collector.light and collector.together
+            if light and not (chain.outside or any(chain.owned)):
+                self._measure(self.count // 2)
+            self._take_positions(self.stride)
+            holds = self._holds()
+            first = self.count if holds and collector.keep is None else 0
+            states = ActivationStore(range(first, self.count + 1), samples, MEMORY // 4)
             with (
                 closing(ActivationStore(range(1), samples, MEMORY * 3 // 4)) as self.gradients,
                 closing(states) if collector.keep is None else nullcontext(states) as self.states,
             ):
-                light = collector.light and collector.together
-                if light and not (chain.outside or any(chain.owned)):
-                    self.each = self._bytes_held(self.count // 2) * (_whole or self.count)
-                self._take_positions(self.stride)
-                room = free_bytes("cpu" if self.ids.device.type == "cpu" else "auto") // 2
-                if self.held and room > ACTIVATIONS and not is_model_streamed(chain.model):
+                if holds:
                     self._by_sample()
                 else:
                     self._by_block()
             if collector.keep is not None:
                 collector.keep.keep(self.ids, states)
 
+    def _holds(self) -> bool:
+        """Whether the activations of ``held`` samples are held, and no block is run again.
+
+        Not where samples are shared out: one process may have less room than another.
+        """
+        if not self.held or self.batches.shared or is_model_streamed(self.chain.model):
+            return False
+        if _like is not None and _like[2]:
+            return False
+        return free_bytes(str(self.ids.device)) > 2 * ACTIVATIONS
+
     def _by_block(self) -> None:
         """Run all samples through one block after the other, and back through each again."""
         chain, collector, samples = self.chain, self.collector, len(self.ids)
+        ends, before = ends_of(chain.model), self.held
         self._forward()
-        ends = ends_of(chain.model)
         with turn(*ends):
             self._prove_positions()
+        if self.held != before:
+            self._forward()  # of as many samples together as in all else
         for batch, owner in self.batches.all:
             with turn(*ends):
                 for part in self.batches.parts(batch, self.headed):
@@ -400,23 +422,31 @@ class _BlockPass:
                     collector.add_up(None, chain.outside, batch, owner)
                 collector.finished(None, chain.outside)
 
-    def _bytes_held(self, index: int) -> int:
-        """Return the bytes of a block's activations that the way back of a sample needs."""
+    def _measure(self, index: int) -> None:
+        """Note the bytes that the way back through all blocks needs, by those of one block.
+
+        They are the same wherever weights lie: what has the shape of one is left out.
+        """
         sample, block = self.ids[:1], self.chain.blocks[index]
-        weights = {one.untyped_storage().data_ptr() for one in block.parameters()}
+        weights = [one for one in block.parameters() if one.ndim > 1]
+        shapes = {tuple(one.shape[-2:]) for one in weights}
+        shapes |= {shape[::-1] for shape in shapes} | {(one.numel(),) for one in block.parameters()}
         found: dict[int, int] = {}
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                found[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            if tuple(tensor.shape) not in shapes:
+                found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor.detach()  # or it would hold the node that it is saved for
 
         with turn(block), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             kept = self.chain.run_block(index, sample, self.chain.entry(sample))
-        self.collector.seen()
+            for _, tensor in self.collector.seen():
+                note(tensor)
         del kept  # not before, so that no two tensors were at one place
-        return max(1, sum(found.values()))
+        blocks = self.count if _like is None else _like[0]
+        self.each = max(1, sum(found.values())) * blocks
+        if torch.is_autocast_enabled("cpu"):
+            self.copies = blocks * sum(2 * w.numel() for w in weights if w.dtype == torch.float32)
 
     def _by_sample(self) -> None:
         """Run some samples after others through all blocks, and straight back."""
@@ -426,6 +456,9 @@ class _BlockPass:
             with torch.no_grad():
                 self._through(slice(first, first + 1), None, [])
             self._prove_positions()
+            if not self.held:
+                self._by_block()
+                return
         for batch, owner in track(self.batches.all, collector.label):
             for part in self.batches.parts(batch, self.headed):
                 self.begins |= dict.fromkeys(range(part.start, part.stop), part.start)
@@ -483,7 +516,8 @@ class _BlockPass:
     @torch.no_grad()
     def _forward(self) -> None:
         """Store the hidden states of all samples, block after block."""
-        own = self.batches.own
+        size = self.held or len(self.ids)
+        own = [part for batch, _ in self.batches.all for part in self.batches.parts(batch, size)]
         for part in own:
             self.states.write(0, part, self.chain.entry(self.ids[part]))
         steps = [(index, part) for index in range(self.count) for part in own]

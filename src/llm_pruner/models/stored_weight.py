@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TypeAlias
 
@@ -29,6 +29,9 @@ _PIECE = 2**24
 
 _LARGE = 2**28
 """Bytes of a weight, such as that of a head, for which free memory is gathered."""
+
+FILES = sys.platform.startswith("linux")
+"""Whether weights can lie in files without a name, and the addresses of files are known."""
 
 _FILED = 2**16
 """Bytes of a weight that took another one's place from which it is put on the disk."""
@@ -123,7 +126,7 @@ def filed(values: torch.Tensor) -> tuple[torch.Tensor, bool]:
     They stay in memory where they are few, the disk has no room, which is said once, or the system
     is not Linux.
     """
-    if not sys.platform.startswith("linux") or values.nbytes < _FILED:
+    if not FILES or values.nbytes < _FILED:
         return values, False
     if values.nbytes >= free_on_disk() // 2:
         _say_full(scratch_folder())
@@ -152,15 +155,20 @@ def _pieces(
     yield from zip(stored.split(rows), place.split(rows), strict=True)
 
 
+@lru_cache(maxsize=4)
+def _places(folder: Path, changed: int) -> frozenset[str]:  # noqa: ARG001 - for the cache
+    return frozenset(os.path.realpath(folder / name) for name in weight_names(folder))
+
+
 def mapped_files(folder: Path) -> list[tuple[int, int]]:
     """Return the ranges of addresses at which a folder's weight files are mapped.
 
     None but on Linux. A file may be a link to a name of any kind, as in the cache of the hub.
     """
     maps = Path("/proc/self/maps")
-    if not sys.platform.startswith("linux") or not maps.is_file():
+    if not FILES or not maps.is_file():
         return []
-    names = {os.path.realpath(folder / name) for name in weight_names(folder)}
+    names = _places(folder, folder.stat().st_mtime_ns)
     found = []
     for line in os.fsdecode(maps.read_bytes()).splitlines():
         fields = line.split(maxsplit=5)
