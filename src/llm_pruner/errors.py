@@ -20,6 +20,14 @@ class Interrupted(LLMPrunerError):  # noqa: N818
     """The user stopped the program; says what is left of its work."""
 
 
+class NeedsMemory(UserError):  # noqa: N818
+    """Weights are read block by block that all have to be in memory; ``why`` says what for."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"{why}; give a --memory that holds all of them")
+        self.why = why
+
+
 class PlanError(UserError):
     """A Plan that cannot be applied; lists every problem found."""
 

@@ -24,9 +24,10 @@ from llm_pruner.discovery import groups
 from llm_pruner.discovery.groups import discover
 from llm_pruner.discovery.tracing.scenes import scenes_of
 from llm_pruner.errors import UserError
-from llm_pruner.importance import Criterion, score
+from llm_pruner.importance import Criterion, score, taylor
 from llm_pruner.models import load, stored_weight, streaming
 from llm_pruner.models.assembled import Assembled, files
+from llm_pruner.models.blockwise import NotBlockwise
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import load_model
 from llm_pruner.models.streaming import (
@@ -39,6 +40,7 @@ from llm_pruner.models.streaming import (
     turn,
     values_of,
 )
+from llm_pruner.settings import common
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.surgery.cut import cut_copy
@@ -99,6 +101,34 @@ def test_a_streamed_model_gives_the_plan_and_the_weights_of_a_resident_one(
     streamed, same = pruned(model, tmp_path / "b", text, memory=TINY, **options)
     assert plan == streamed
     require_alike(kept, same)
+
+
+@pytest.mark.slow
+def test_larger_weights_stay_in_their_files_though_they_fit_where_they_can(
+    tmp_path: Path,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, options = save(tmp_path / "model", "llama"), {"preset": "paper", "ratio": 0.15}
+    plan, kept = pruned(model, tmp_path / "a", text, **options)
+    assert "block by block" not in caplog.text
+    monkeypatch.setattr(common, "SHARE_RESIDENT", 10**9)
+    streamed, same = pruned(model, tmp_path / "b", text, **options)
+    assert "they are read block by block" in caplog.text
+    assert plan == streamed
+    require_alike(kept, same)
+
+    def no_chain(*_: object, **__: object) -> None:
+        raise NotBlockwise("block 1 depends on more than its hidden state")
+
+    monkeypatch.setattr(taylor, "find_chain", no_chain)
+    _, alike = pruned(model, tmp_path / "c", text, **options)
+    assert "all weights are read into memory: the model is no chain of blocks" in caplog.text
+    require_alike(kept, alike)
+    with pytest.raises(UserError, match="give a --memory that holds all of them"):
+        pruned(model, tmp_path / "d", text, memory=TINY, **options)
+    assert not (tmp_path / "d").exists()
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from llm_pruner.checkpoints import meta, quantizer, remote_code
 from llm_pruner.checkpoints.reshape import Recipe, compose, from_json, to_json
 from llm_pruner.checkpoints.stock_config import layer_values, stock_config
-from llm_pruner.errors import LLMPrunerError, UserError
+from llm_pruner.errors import LLMPrunerError, NeedsMemory, UserError
 from llm_pruner.files.disk import folder_bytes, umask
 from llm_pruner.files.outputs import atomic_directory, bytes_of, check_shard_size
 from llm_pruner.models.layers import names_in_float32
@@ -42,16 +42,16 @@ SHARD = "1GB"
 
 
 def check_saved_by_shard(model: PreTrainedModel) -> None:
-    """Raise UserError if a shard of what is read block by block might end within a weight.
+    """Raise NeedsMemory if a shard of what is read block by block might end within a weight.
 
     That is where files hold several weights of a model as one.
     """
     conversions = getattr(model, "_weight_conversions", None) or ()
     joins = (one for one in conversions if isinstance(one, WeightConverter))
     if is_model_streamed(model) and any(len(one.target_patterns) > 1 for one in joins):
-        raise UserError(
+        raise NeedsMemory(
             f"files of a {type(model).__name__} hold several of its weights as one, which are not "
-            "written block by block; give a --memory that holds all"
+            "written block by block"
         )
 
 

@@ -176,7 +176,8 @@ class _Forecaster:
             self.file_bytes = place.stat().st_size
         self.room = settings.room(settings.device)
         in_blocks = stored is None or stored[0] is not None
-        self.streamed = in_blocks and self.bytes > self.room
+        self.resident = self.run.stays(self.room)
+        self.streamed = in_blocks and self.bytes > self.resident
         self.removed, self.rounds = self._removed(), settings.steps
         self.refitted = 0  # bytes of the new weights, beside the old ones until all are judged
         self._read_text()
@@ -238,7 +239,7 @@ class _Forecaster:
             parameters=self.total,
             streamed=self.streamed,
             why=f"the weights take {self.bytes / 1e9:.1f} GB in {kind}, and "
-            f"{self.room / 1e9:.1f} GB of memory are for them",
+            f"{self.resident / 1e9:.1f} GB of memory are for them",
             stages=stages,
             seconds=sum(one.seconds for one in stages.values()),
             peak_bytes=max(one.bytes for one in stages.values()),

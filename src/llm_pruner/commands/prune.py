@@ -32,17 +32,18 @@ from llm_pruner.data.calibration import (
 from llm_pruner.data.selfmade import WRITERS
 from llm_pruner.data.text import shares_of
 from llm_pruner.discovery.groups import discover
-from llm_pruner.errors import UserError
+from llm_pruner.errors import NeedsMemory, UserError
 from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.evaluation.servers import ServedBy, served_by
 from llm_pruner.files.disk import placed
 from llm_pruner.files.outputs import check_shard_size, write_output
 from llm_pruner.importance import score
-from llm_pruner.models.activation_store import HiddenStates
+from llm_pruner.models.activation_store import HiddenStates, free_on_disk
 from llm_pruner.models.blockwise import NotBlockwise, find_chain
 from llm_pruner.models.forward import embedding_rows, is_on_meta, undisturbed
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import LoadedModel, check_memory, load
+from llm_pruner.models.stored import stored_size
 from llm_pruner.models.streaming import is_model_streamed
 from llm_pruner.planning.rounding import rounded_for
 from llm_pruner.report import facts
@@ -129,6 +130,7 @@ class PruneRun:
         self.servers: tuple[ServedBy, ...] = ()
         self.tokenizer: Any = None
         self.saves = False  # what is made is not kept, but by ``carry_out``
+        self.by_block = True  # whether weights that fit into memory may be read so
         self.processes, self.device = ALONE, settings.device
 
     def carry_out_together(self) -> Pruned | None:
@@ -176,6 +178,17 @@ class PruneRun:
             UserError: something that was given must change; nothing is written.
             VerificationError: the pruned model is not its twin; nothing is written.
         """
+        try:
+            return self._carry_out()
+        except NeedsMemory as reason:
+            if self.resident == self.room:
+                raise
+            _LOG.warning("all weights are read into memory: %s", reason.why)
+        again = PruneRun(self.settings, command=self.command)
+        again.by_block = False
+        return again.carry_out()
+
+    def _carry_out(self) -> Pruned:
         self.check()
         self.check_files()
         self.load()
@@ -293,11 +306,16 @@ class PruneRun:
         self.room = self.settings.room(self.device)
         if isinstance(self.settings.memory, str):
             self.room //= sharing(self.device)
+        self.resident = self.room if loaded else self.stays(self.room)
         loading = self.settings.computing().but(device=self.device)
         if loaded is None and not self.weightless:
             check_memory(loading, self.settings.memory)
         self.loaded = loaded or load(
-            loading, weights=not self.weightless, memory=self.room, tokenizer=self.tokenizer
+            loading,
+            weights=not self.weightless,
+            memory=self.room,
+            resident=self.resident,
+            tokenizer=self.tokenizer,
         )
         self.network = self.loaded.model
         if not self.settings.dry_run:
@@ -319,6 +337,14 @@ class PruneRun:
         if self.refits and not self.weightless:
             self._begin_refit()
         self._begin_repair()
+
+    def stays(self, room: int) -> int:
+        """Return the bytes of weights, of ``room``, up to which they stay in memory."""
+        size = stored_size(self.settings.model, self.settings.revision, "auto")
+        # What is refitted of others lies on the disk, and a repair trains what is in memory.
+        on_disk = size is None or size[1] < free_on_disk()
+        by_block = self.by_block and on_disk and not self.repairs and self.processes.count == 1
+        return self.settings.resident(room, self.device) if by_block else room
 
     def narrow(self) -> None:
         """Leave out structures that nobody named and that cannot go."""

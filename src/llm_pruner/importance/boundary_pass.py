@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from llm_pruner.errors import UserError
+from llm_pruner.errors import NeedsMemory, UserError
 from llm_pruner.models.activation_store import ActivationStore, HiddenStates, free_on_disk
 from llm_pruner.models.blockwise import (
     Call,
@@ -229,9 +229,9 @@ def run_backward(
         _BlockPass(chain, input_ids, collector).run()
         return
     if is_model_streamed(model):
-        raise UserError(
+        raise NeedsMemory(
             "the model is no chain of blocks, so no gradients can be taken with its weights read "
-            "block by block; give a --memory that holds all of them"
+            "block by block"
         )
     samples, length = input_ids.shape
     size = max(1, _TOKENS_WHOLE // length) if collector.together else 1

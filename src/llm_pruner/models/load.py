@@ -123,6 +123,7 @@ def load_model(
     weights: bool = True,
     reads_tokenizer: bool | None = None,
     memory: int | None = None,
+    resident: int | None = None,
     packed: bool = False,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
@@ -141,10 +142,13 @@ def load_model(
         reads_tokenizer: whether the tokenizer is loaded; by default where weights are.
         memory: bytes that the weights may take; where they do not fit in, those of safetensors are
             read block by block, see ``stream_``.
+        resident: bytes of weights, no more than ``memory``, up to which they are not; that by
+            default.
         packed: take weights that torchao or llm-compressor packed, where a model is only run.
 
     Raises:
         UserError: anything that is wrong with what was given, in one line.
+        NeedsMemory: the weights of such a model are not read block by block.
     """
     options: dict[str, Any] = {"dtype": on_disk.dtype_named(dtype), "device_map": _device(device)}
     found = _find(source, revision, trust_remote_code, tokenizer_required, weights)
@@ -155,9 +159,10 @@ def load_model(
             complete_from_gguf_(config, on_disk.local_path(source))
         if weights:
             _download(source, found)
-    limit = memory if weights and _method(config) in (None, _OWN_METHOD) else None
+    limit = memory if resident is None else resident
+    in_blocks = weights and _method(config) in (None, _OWN_METHOD)
     place = None  # of what is read block by block
-    if limit is not None and _exceeds(limit, source, revision, dtype):
+    if in_blocks and limit is not None and _exceeds(limit, source, revision, dtype):
         place = on_disk.stored_at(found.folder, found.shared["revision"])
     if place is not None:
         # The type of its files, whatever its config says: a weight that is cast is no view of them.
@@ -331,7 +336,7 @@ def _bytes_by_block(source: str, revision: str | None, dtype: str) -> int | None
 
 
 def _exceeds(memory: int, source: str, revision: str | None, dtype: str) -> bool:
-    """Whether a model has to be read block by block, which is said."""
+    """Whether a model is read block by block, which is said."""
     size = _bytes_by_block(source, revision, dtype)
     if size is None or size <= memory:
         return False
@@ -669,13 +674,14 @@ def load(
     weights: bool = True,
     reads_tokenizer: bool | None = None,
     memory: int | None = None,
+    resident: int | None = None,
     packed: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> LoadedModel:
     """Return the model that the settings name; without ``weights``, from its config alone.
 
     Args:
-        reads_tokenizer, memory, packed: see ``load_model``.
+        reads_tokenizer, memory, resident, packed: see ``load_model``.
         tokenizer: of the model, if it was read before.
 
     Raises:
@@ -687,6 +693,7 @@ def load(
         weights=weights,
         reads_tokenizer=reads_tokenizer if tokenizer is None else False,
         memory=memory,
+        resident=resident,
         packed=packed,
         **model.model_dump(include={"revision", "dtype", "device", "trust_remote_code"}),
     )

@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from llm_pruner.errors import UserError
+from llm_pruner.errors import NeedsMemory
 from llm_pruner.models.assembled import Assembled, Ranges, are_mapped, whole
 from llm_pruner.models.layers import heaviest_list, names_in_float32, own_copy, with_initialisers
 from llm_pruner.models.lone_ends import lone_ends
@@ -98,7 +98,7 @@ def in_turns(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     that is streamed.
 
     Raises:
-        UserError: as `stream_`.
+        NeedsMemory: as `stream_`.
     """
     memo: dict[int, Any] = {id(one): one.detach() for one in model.buffers()}
     for one in model.parameters():
@@ -131,15 +131,15 @@ def stream_(
         unrounded: id of a parameter -> its values, where loading has rounded them.
 
     Raises:
-        UserError: the model has no list of blocks, or holds computed numbers that the stored type
+        NeedsMemory: the model has no list of blocks, or holds computed numbers that the stored type
             has rounded.
     """
     device = torch.device(device)
     blocks = heaviest_list(model)
     if blocks is None:
-        raise UserError(
+        raise NeedsMemory(
             f"{type(model).__name__} has no list of blocks, so its weights cannot be read block by "
-            "block; give a --memory that holds all of them"
+            "block"
         )
     _compute_anew_(model, dtype)
     noted, wide = {**(unrounded or {}), **_set_apart_(model)}, _wide(model, dtype)
@@ -246,7 +246,7 @@ def _compute_anew_(model: nn.Module, dtype: torch.dtype) -> None:
     """Give buffers that no file holds the values that they have in a model of type ``dtype``.
 
     Raises:
-        UserError: the model does not say how one is computed.
+        NeedsMemory: the model does not say how one is computed.
     """
     for path, module, initialise in with_initialisers(model):
         narrow = [
@@ -268,9 +268,9 @@ def _compute_anew_(model: nn.Module, dtype: torch.dtype) -> None:
         for name in narrow:
             if module.get_buffer(name).isnan().any():
                 where = f"{path}.{name}".removeprefix(".")
-                raise UserError(
+                raise NeedsMemory(
                     f"{where} of {type(model).__name__} is computed in the type of the weights, "
-                    "so they cannot be read block by block; give a --memory that holds all of them"
+                    "so they cannot be read block by block"
                 )
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from llm_pruner.errors import UserError
+from llm_pruner.errors import NeedsMemory
 from llm_pruner.models.stored import rounded_by
 
 _LEFT_OUT = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
@@ -37,7 +37,7 @@ def unrounded(
         unread: names of weights in the files that the model does not have.
 
     Raises:
-        UserError: the model has such a weight under another name, and which is not known.
+        NeedsMemory: the model has such a weight under another name, and which is not known.
     """
     if torch.promote_types(kind, there) == there:
         return {}  # in which a model in memory would have them, too
@@ -51,9 +51,9 @@ def unrounded(
             with safe_open(tensor.file, "pt") as weights:
                 found[id(own[tensor.name])] = weights.get_tensor(tensor.name)
         elif tensor.name not in unread and not exact.search(tensor.name):
-            raise UserError(
+            raise NeedsMemory(
                 f"{source} has {tensor.name} in {tensor.dtype} under another name than the model, "
                 f"and most weights in {str(there).removeprefix('torch.')}, to which it would be "
-                "rounded where weights are read block by block; give a --memory that holds all"
+                "rounded where weights are read block by block"
             )
     return found

@@ -83,12 +83,19 @@ def keep_kernels(number: int) -> None:
         os.environ.setdefault(name, str(number))
 
 
+def on_gpu(device: str) -> bool:
+    """Whether a device is a GPU; ``auto`` is one if there is one."""
+    import torch  # whose first large tensor comes after `keep_large_blocks`
+
+    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+
+
 def free_bytes(device: str) -> int:
     """Return the free memory of a device; of ``auto`` that of a GPU, if there is one."""
     import psutil
-    import torch  # whose first large tensor comes after `keep_large_blocks`
+    import torch
 
-    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+    if on_gpu(device):
         give_back()
         try:
             return int(torch.cuda.mem_get_info(None if device == "auto" else device)[0])

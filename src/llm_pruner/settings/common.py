@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator
 
 from llm_pruner.errors import UserError
-from llm_pruner.runtime.memory import free_bytes
+from llm_pruner.runtime.memory import free_bytes, on_gpu
 from llm_pruner.settings.limits import MOST, must, within
 from llm_pruner.settings.options import Settings, option, option_name, written
 from llm_pruner.settings.words import LOCAL_TASKS, parse_bytes
@@ -93,10 +93,13 @@ room_for_weights = partial(
 )
 
 
+SHARE_RESIDENT = 4
+
+
 class MemorySettings(Settings):
     """How much of the memory the weights may take."""
 
-    memory: Room = room_for_weights(shown="two fifths of what is free")
+    memory: Room = room_for_weights(shown="a tenth of what is free, on a GPU two fifths")
 
     def room(self, device: str) -> int:
         """Return the bytes that the weights may take on a device.
@@ -104,6 +107,15 @@ class MemorySettings(Settings):
         By default so few that what a cut and a refit make of them fits in beside them.
         """
         return free_bytes(device) * 2 // 5 if isinstance(self.memory, str) else self.memory
+
+    def resident(self, room: int, device: str) -> int:
+        """Return the bytes of weights, of ``room``, up to which they stay in memory.
+
+        By default so few that larger ones are read block by block though they fit, on a processor:
+        that takes a fraction of the memory, and no longer.
+        """
+        by_choice = isinstance(self.memory, str) and not on_gpu(device)
+        return room // SHARE_RESIDENT if by_choice else room
 
 
 class FolderSettings(Settings):
