@@ -1367,6 +1367,10 @@ def test_weights_that_layers_are_given_by_place(
     [
         lambda y: y * (y[..., 1:].square().sum(-1, keepdim=True) + 1).rsqrt(),
         lambda y: y * (y[..., :-1].square().sum(-1, keepdim=True) + 1).rsqrt(),
+        lambda y: y * y[..., 2, None],
+        lambda y: y * y[..., -2, None],
+        lambda y: y * torch.select(y, -1, -2)[..., None],
+        lambda y: y * torch.trapezoid(y).unsqueeze(-1),
         lambda y: F.pad(y[..., : np.int64(4)], (0, 4)) + y,
         lambda y: F.pad(y[..., : torch.tensor(4)], (0, 4)) + y,
         lambda y: y * torch.cov(y.flatten(0, 1).T[:4]).diagonal().mean(),
