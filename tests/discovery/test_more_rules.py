@@ -630,18 +630,21 @@ def test_heads_over_a_cache_in_buffers() -> None:
 class Mixture(nn.Module):
     """Experts whose weights lie in one tensor, by einsum."""
 
-    def __init__(self, *, batched: bool, top: int | None) -> None:
+    def __init__(self, *, batched: bool, top: int | None, one_hot: bool = False) -> None:
         super().__init__()
         self.router = nn.Linear(HIDDEN, 4, bias=False)
         self.up = nn.Parameter(torch.zeros(4, HIDDEN, 6))
         self.down = nn.Parameter(torch.zeros(4, 6, HIDDEN))
-        self.batched, self.top = batched, top
+        self.batched, self.top, self.one_hot = batched, top, one_hot
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         probs = self.router(x).softmax(-1)
         if self.top is not None:
             values, chosen = probs.topk(self.top, dim=-1)
-            probs = torch.zeros_like(probs).scatter(-1, chosen, values)
+            if self.one_hot:
+                probs = probs * F.one_hot(chosen, probs.shape[-1]).sum(-2)
+            else:
+                probs = torch.zeros_like(probs).scatter(-1, chosen, values)
         y = F.gelu(torch.einsum("bth,ehf->btef", x, self.up))
         if self.batched:
             y = torch.einsum("btef,efh->bteh", y, self.down)
@@ -649,14 +652,32 @@ class Mixture(nn.Module):
         return torch.einsum("btef,efh->bth", y * probs[..., None], self.down)
 
 
-@pytest.mark.parametrize("top", [None, 2])
+@pytest.mark.parametrize(("top", "one_hot"), [(None, False), (2, False), (2, True)])
 @pytest.mark.parametrize("batched", [False, True])
-def test_experts_by_einsum(batched: bool, top: int | None) -> None:
-    discovery = checked(Net(Mixture(batched=batched, top=top)), dense=False)
+def test_experts_by_einsum(batched: bool, top: int | None, one_hot: bool) -> None:
+    mixture = Mixture(batched=batched, top=top, one_hot=one_hot)
+    discovery = checked(Net(mixture), dense=False)
     (experts,) = of_kind(discovery, "experts")
     (ffn,) = of_kind(discovery, "ffn")
     assert (experts.size, experts.least, ffn.size) == (4, top or 1, 6)
     assert "head_dim" not in {group.kind for group in discovery.groups}
+
+
+def test_experts_that_are_chosen_one_after_the_other() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(HIDDEN, 5, bias=False)
+            self.w = nn.Parameter(torch.zeros(5, HIDDEN, HIDDEN))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            probs = self.router(x).softmax(-1)
+            first = probs.topk(1).indices
+            second = probs.scatter(-1, first, 0.0).topk(1).indices
+            return torch.einsum("bsd,bskdh->bsh", x, self.w[torch.cat((first, second), dim=-1)])
+
+    (experts,) = of_kind(checked(Net(Twice()), dense=False), "experts")
+    assert (experts.size, experts.least, experts.frozen) == (5, 2, None)
 
 
 # -------------------------------------------------------------------------------- compiled code

@@ -319,10 +319,22 @@ def _single_position(input: torch.Tensor, index: Any) -> torch.Tensor | None:
     return input[tuple(items)].clone()
 
 
+def _one_hot(input: torch.Tensor, num_classes: Any = -1) -> torch.Tensor | None:
+    """``one_hot`` as writing by position, which PyTorch does once it has read all values.
+
+    None where it counts the classes by them.
+    """
+    if plain(num_classes) < 1:
+        return None
+    empty = input.new_zeros((*input.shape, num_classes))
+    return empty.scatter_(-1, input.unsqueeze(-1), 1)
+
+
 REWRITES: dict[str, Callable[..., Any]] = {
     "__getitem__": _single_position,
     "group_norm": _group_norm,
     "scaled_dot_product_attention": _attention,
+    "one_hot": _one_hot,
     "repeat_interleave": _repeat_interleave,
 }
 """Name of a function of PyTorch -> the same in functions that are watched, or None if it cannot."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 from torch import Tensor
@@ -201,7 +202,7 @@ def split(tracer: Tracer, call: Call, self: Tensor, dim: int) -> None:
         start = stop
 
 
-@rule("cat", moves=True)
+@rule("cat", moves=True, domain="tied")
 def cat(tracer: Tracer, call: Call, tensors: Sequence[Tensor], dim: int) -> None:
     # An empty tensor of one axis goes with any others.
     labels = [tracer.label(part) for part in tensors if part.dim() == call.out.dim()]
@@ -211,11 +212,15 @@ def cat(tracer: Tracer, call: Call, tensors: Sequence[Tensor], dim: int) -> None
         if place == dim:
             axes.append(stack_rows(list(rows)))
             continue
-        joined = rows[0]
-        for other in rows[1:]:
-            joined = tracer.unify(joined, other)
-        axes.append(joined)
+        axes.append(reduce(tracer.unify, rows))
     tracer.set_label(call.out, axes)
+    # Chosen positions beside others of the same kind are positions still.
+    domains = [tracer.domains[part] for part in tensors if part in tracer.domains]
+    if len(domains) == len(tensors) and len({*map(len, domains)}) == 1:
+        tracer.domains[call.out] = reduce(tracer.unify, domains)
+    else:
+        for rows in domains:
+            tracer.freeze(rows, "its positions are chosen by cat")
 
 
 @rule("stack")
