@@ -1259,6 +1259,34 @@ def test_flex_attention_of_transformers() -> None:
     assert largest_difference(expected, pruned_logits(model, discovery)) <= 1e-5
 
 
+# ------------------------------------------------------------------------------ linear attention
+
+
+class Delta(Attention):
+    """Attention by the delta rule: values are corrected by solving a system of equations."""
+
+    def __init__(self, *, left: bool) -> None:
+        super().__init__()
+        self.left = left
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layers = (self.q, self.k, self.v)
+        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in layers)
+        system = k @ k.mT * 0.1
+        if self.left:
+            v = torch.linalg.solve_triangular(system, v, upper=False, unitriangular=True)
+        else:
+            every, wanted = system.sum(1, keepdim=True), {"upper": True, "unitriangular": True}
+            v = torch.linalg.solve_triangular(every, v.mT, left=False, **wanted).mT
+        return self.o(((q @ k.mT).tril() @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_heads_whose_values_are_solved_for(left: bool) -> None:
+    discovery = checked(Net(Delta(left=left)))
+    assert free(discovery) == {"hidden", "heads", "head_dim", "value_dim"}
+
+
 # ------------------------------------------------------------------- found by reading the rules
 
 
