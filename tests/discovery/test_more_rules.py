@@ -1287,6 +1287,39 @@ def test_heads_whose_values_are_solved_for(left: bool) -> None:
     assert free(discovery) == {"hidden", "heads", "head_dim", "value_dim"}
 
 
+class StateSpace(nn.Module):
+    """Heads in groups that share their states, and a norm over each group (Mamba-2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.groups, self.group_size = 4, 2, 6
+        self.up, self.states = nn.Linear(HIDDEN, 12), nn.Linear(HIDDEN, 10)
+        self.down = nn.Linear(12, HIDDEN)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.up(x).unflatten(-1, (self.heads, -1))
+        states = self.states(x).unflatten(-1, (self.groups, -1)).square().sum(-1, keepdim=True)
+        y = (y * states.repeat_interleave(self.heads // self.groups, dim=2)).flatten(2)
+        groups = y.view(*y.shape[:2], y.shape[-1] // self.group_size, self.group_size)
+        groups = groups * (groups.square().mean(-1, keepdim=True) + 0.1).rsqrt()
+        return self.down(groups.flatten(2))
+
+
+def test_a_norm_over_the_heads_of_a_group() -> None:
+    discovery = checked(Net(StateSpace()), dense=False)
+    taken = {
+        str(one.index.tolist())
+        for group in discovery.groups
+        for one in group.members
+        if not group.frozen and one.tensor.endswith("up.weight") and one.dim == 0
+    }
+    # Whole groups, and the same channel of every head; single heads stay.
+    whole = [[*range(6)], [*range(6, 12)]]
+    channels = [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
+    assert taken == {str(whole), str(channels)}
+    assert "divide it differently" in why(discovery, "up.weight", 0)
+
+
 # ------------------------------------------------------------------- found by reading the rules
 
 
