@@ -27,6 +27,7 @@ from transformers import (
     XLNetConfig,
 )
 from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from helpers import tiny_model
 from llm_pruner import Criterion, score
@@ -1257,6 +1258,26 @@ def test_flex_attention_of_transformers() -> None:
     # As it is called, it needs a compiler.
     model.set_attn_implementation("eager")
     assert largest_difference(expected, pruned_logits(model, discovery)) <= 1e-5
+
+
+class Wide(nn.Module):
+    """Heads that are too wide for grouped queries to be left to a kernel of PyTorch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.num_key_value_groups = 4, 2, 2
+        self.q, self.o = nn.Linear(HIDDEN, 4 * 260), nn.Linear(4 * 260, HIDDEN)
+        self.k, self.v = nn.Linear(HIDDEN, 2 * 260), nn.Linear(HIDDEN, 2 * 260)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layers = ((self.q, self.heads), (self.k, self.kv_heads), (self.v, self.kv_heads))
+        q, k, v = (p(x).unflatten(-1, (heads, -1)).transpose(1, 2) for p, heads in layers)
+        return self.o(sdpa_attention_forward(self, q, k, v, None, scaling=0.02)[0].flatten(2))
+
+
+def test_a_size_that_decides_only_which_kernel_runs() -> None:
+    discovery = checked(Net(Wide()), dense=False)
+    assert free(discovery) == {"hidden", "heads", "query_heads", "head_dim", "value_dim"}
 
 
 # ------------------------------------------------------------------------------ linear attention
