@@ -38,7 +38,7 @@ EXPECTED = {
     "lfm3": {"heads", "ffn"},  # frequencies by kind of layer, which look for heads per layer
     "llama4_text": {"heads", "experts"},  # tokens repeated for each expert
     "longcat_flash": {"heads", "ffn", "layers"},  # two attentions in a layer
-    "mamba2": {"head_dim"},
+    "mamba2": {"heads", "head_dim", "value_dim"},
     "minimax": {"heads", "query_heads"},  # linear attention with decay
     "nemotron_h": {"heads", "ffn", "experts"},
     "phimoe": {"heads", "query_heads"},

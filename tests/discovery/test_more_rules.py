@@ -27,6 +27,7 @@ from transformers import (
     XLNetConfig,
 )
 from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from helpers import tiny_model
 from llm_pruner import Criterion, score
@@ -630,18 +631,21 @@ def test_heads_over_a_cache_in_buffers() -> None:
 class Mixture(nn.Module):
     """Experts whose weights lie in one tensor, by einsum."""
 
-    def __init__(self, *, batched: bool, top: int | None) -> None:
+    def __init__(self, *, batched: bool, top: int | None, one_hot: bool = False) -> None:
         super().__init__()
         self.router = nn.Linear(HIDDEN, 4, bias=False)
         self.up = nn.Parameter(torch.zeros(4, HIDDEN, 6))
         self.down = nn.Parameter(torch.zeros(4, 6, HIDDEN))
-        self.batched, self.top = batched, top
+        self.batched, self.top, self.one_hot = batched, top, one_hot
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         probs = self.router(x).softmax(-1)
         if self.top is not None:
             values, chosen = probs.topk(self.top, dim=-1)
-            probs = torch.zeros_like(probs).scatter(-1, chosen, values)
+            if self.one_hot:
+                probs = probs * F.one_hot(chosen, probs.shape[-1]).sum(-2)
+            else:
+                probs = torch.zeros_like(probs).scatter(-1, chosen, values)
         y = F.gelu(torch.einsum("bth,ehf->btef", x, self.up))
         if self.batched:
             y = torch.einsum("btef,efh->bteh", y, self.down)
@@ -649,14 +653,32 @@ class Mixture(nn.Module):
         return torch.einsum("btef,efh->bth", y * probs[..., None], self.down)
 
 
-@pytest.mark.parametrize("top", [None, 2])
+@pytest.mark.parametrize(("top", "one_hot"), [(None, False), (2, False), (2, True)])
 @pytest.mark.parametrize("batched", [False, True])
-def test_experts_by_einsum(batched: bool, top: int | None) -> None:
-    discovery = checked(Net(Mixture(batched=batched, top=top)), dense=False)
+def test_experts_by_einsum(batched: bool, top: int | None, one_hot: bool) -> None:
+    mixture = Mixture(batched=batched, top=top, one_hot=one_hot)
+    discovery = checked(Net(mixture), dense=False)
     (experts,) = of_kind(discovery, "experts")
     (ffn,) = of_kind(discovery, "ffn")
     assert (experts.size, experts.least, ffn.size) == (4, top or 1, 6)
     assert "head_dim" not in {group.kind for group in discovery.groups}
+
+
+def test_experts_that_are_chosen_one_after_the_other() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(HIDDEN, 5, bias=False)
+            self.w = nn.Parameter(torch.zeros(5, HIDDEN, HIDDEN))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            probs = self.router(x).softmax(-1)
+            first = probs.topk(1).indices
+            second = probs.scatter(-1, first, 0.0).topk(1).indices
+            return torch.einsum("bsd,bskdh->bsh", x, self.w[torch.cat((first, second), dim=-1)])
+
+    (experts,) = of_kind(checked(Net(Twice()), dense=False), "experts")
+    assert (experts.size, experts.least, experts.frozen) == (5, 2, None)
 
 
 # -------------------------------------------------------------------------------- compiled code
@@ -1238,6 +1260,87 @@ def test_flex_attention_of_transformers() -> None:
     assert largest_difference(expected, pruned_logits(model, discovery)) <= 1e-5
 
 
+class Wide(nn.Module):
+    """Heads that are too wide for grouped queries to be left to a kernel of PyTorch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.num_key_value_groups = 4, 2, 2
+        self.q, self.o = nn.Linear(HIDDEN, 4 * 260), nn.Linear(4 * 260, HIDDEN)
+        self.k, self.v = nn.Linear(HIDDEN, 2 * 260), nn.Linear(HIDDEN, 2 * 260)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layers = ((self.q, self.heads), (self.k, self.kv_heads), (self.v, self.kv_heads))
+        q, k, v = (p(x).unflatten(-1, (heads, -1)).transpose(1, 2) for p, heads in layers)
+        return self.o(sdpa_attention_forward(self, q, k, v, None, scaling=0.02)[0].flatten(2))
+
+
+def test_a_size_that_decides_only_which_kernel_runs() -> None:
+    discovery = checked(Net(Wide()), dense=False)
+    assert free(discovery) == {"hidden", "heads", "query_heads", "head_dim", "value_dim"}
+
+
+# ------------------------------------------------------------------------------ linear attention
+
+
+class Delta(Attention):
+    """Attention by the delta rule: values are corrected by solving a system of equations."""
+
+    def __init__(self, *, left: bool) -> None:
+        super().__init__()
+        self.left = left
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layers = (self.q, self.k, self.v)
+        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in layers)
+        system = k @ k.mT * 0.1
+        if self.left:
+            v = torch.linalg.solve_triangular(system, v, upper=False, unitriangular=True)
+        else:
+            every, wanted = system.sum(1, keepdim=True), {"upper": True, "unitriangular": True}
+            v = torch.linalg.solve_triangular(every, v.mT, left=False, **wanted).mT
+        return self.o(((q @ k.mT).tril() @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_heads_whose_values_are_solved_for(left: bool) -> None:
+    discovery = checked(Net(Delta(left=left)))
+    assert free(discovery) == {"hidden", "heads", "head_dim", "value_dim"}
+
+
+class StateSpace(nn.Module):
+    """Heads in groups that share their states, and a norm over each group (Mamba-2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.groups, self.group_size = 4, 2, 6
+        self.up, self.states = nn.Linear(HIDDEN, 12), nn.Linear(HIDDEN, 10)
+        self.down = nn.Linear(12, HIDDEN)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.up(x).unflatten(-1, (self.heads, -1))
+        states = self.states(x).unflatten(-1, (self.groups, -1)).square().sum(-1, keepdim=True)
+        y = (y * states.repeat_interleave(self.heads // self.groups, dim=2)).flatten(2)
+        groups = y.view(*y.shape[:2], y.shape[-1] // self.group_size, self.group_size)
+        groups = groups * (groups.square().mean(-1, keepdim=True) + 0.1).rsqrt()
+        return self.down(groups.flatten(2))
+
+
+def test_a_norm_over_the_heads_of_a_group() -> None:
+    discovery = checked(Net(StateSpace()), dense=False)
+    taken = {
+        str(one.index.tolist())
+        for group in discovery.groups
+        for one in group.members
+        if not group.frozen and one.tensor.endswith("up.weight") and one.dim == 0
+    }
+    # Whole groups, and the same channel of every head; single heads stay.
+    whole = [[*range(6)], [*range(6, 12)]]
+    channels = [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
+    assert taken == {str(whole), str(channels)}
+    assert "divide it differently" in why(discovery, "up.weight", 0)
+
+
 # ------------------------------------------------------------------- found by reading the rules
 
 
@@ -1367,6 +1470,10 @@ def test_weights_that_layers_are_given_by_place(
     [
         lambda y: y * (y[..., 1:].square().sum(-1, keepdim=True) + 1).rsqrt(),
         lambda y: y * (y[..., :-1].square().sum(-1, keepdim=True) + 1).rsqrt(),
+        lambda y: y * y[..., 2, None],
+        lambda y: y * y[..., -2, None],
+        lambda y: y * torch.select(y, -1, -2)[..., None],
+        lambda y: y * torch.trapezoid(y).unsqueeze(-1),
         lambda y: F.pad(y[..., : np.int64(4)], (0, 4)) + y,
         lambda y: F.pad(y[..., : torch.tensor(4)], (0, 4)) + y,
         lambda y: y * torch.cov(y.flatten(0, 1).T[:4]).diagonal().mean(),

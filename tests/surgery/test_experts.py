@@ -325,8 +325,13 @@ def why(discovery: Discovery) -> str | None:
     return reasons[0]
 
 
-def test_weights_taken_by_choice() -> None:
-    net = Net(Mixture())
+@pytest.mark.parametrize(
+    "between",
+    [lambda chosen: chosen, lambda chosen: torch.cat([chosen[..., :1], chosen[..., :1]], -1)],
+    ids=["as it is", "joined"],
+)
+def test_weights_taken_by_choice(between: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    net = Net(Mixture(between))
     discovery = discover(net)
     (group,) = experts(discovery).values()
     assert (group.size, group.least) == (EXPERTS, CHOSEN)
@@ -344,7 +349,7 @@ def test_weights_taken_by_choice() -> None:
         (lambda chosen: (chosen + 1) % EXPERTS, "its positions are chosen by add"),
         (lambda chosen: chosen.clamp(max=EXPERTS - 1), "its positions are chosen by clamp"),
         (
-            lambda chosen: torch.cat([chosen[..., :1], chosen[..., :1]], -1),
+            lambda chosen: torch.cat([chosen[..., :1], torch.zeros_like(chosen[..., :1])], -1),
             "its positions are chosen by cat",
         ),
         (lambda chosen: torch.where(chosen > 2, chosen, 0), "its positions are chosen by gt"),

@@ -259,6 +259,34 @@ def test_einops() -> None:
             assert is_right(net, discovery, kind)
 
 
+class SideBySide(nn.Module):
+    """Queries, key and value of each group beside each other, as in InternLM2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups, self.size = 2, SIZE
+        self.qkv = nn.Linear(HIDDEN, HEADS * (2 + 2) * SIZE)
+        self.o = nn.Linear(HEADS * 2 * SIZE, HIDDEN)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        sizes = {"gs": 2 + self.groups, "d": self.size}
+        qkv = rearrange(self.qkv(x), "b n (h gs d) -> b n h gs d", **sizes)
+        q = rearrange(qkv[..., : self.groups, :], "b n h gs d -> b (h gs) n d")
+        k, v = (
+            one.transpose(1, 2).repeat_interleave(self.groups, dim=1)
+            for one in (qkv[..., -2, :], qkv[..., -1, :])
+        )
+        y = (q @ k.mT * 0.3).softmax(-1) @ v
+        return self.o(rearrange(y, "b h n d -> b n (h d)"))
+
+
+def test_key_and_value_that_are_counted_from_the_end() -> None:
+    net = Net(lambda: Block(SideBySide()))
+    discovery = discover(net)
+    for kind in ("heads", "head_dim", "layers"):
+        assert is_right(net, discovery, kind)
+
+
 def test_transposed_convolution() -> None:
     class Convolved(Block):
         def __init__(self) -> None:

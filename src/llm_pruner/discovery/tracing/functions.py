@@ -405,11 +405,6 @@ def _router_losses(tracer: Tracer, _: Any, gate_logits: Any, num_experts: Any) -
         _state(tracer, logits, "the load-balancing loss", {-1: num_experts})
 
 
-@sized("one_hot", takes="input num_classes")
-def _one_hot(tracer: Tracer, out: Any, num_classes: Any = -1) -> None:
-    _state(tracer, out, "one_hot", {-1: num_classes})
-
-
 @sized("topk", takes="input k dim")
 def _topk(tracer: Tracer, out: Any, k: Any, dim: Any = -1) -> None:
     _state(tracer, out[0], "topk", {dim: k})

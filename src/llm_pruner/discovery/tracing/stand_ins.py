@@ -51,6 +51,10 @@ def in_sight(model: nn.Module) -> Iterator[None]:
             # The code of it, since it is held under other names as well.
             for part in ("__code__", "__defaults__", "__kwdefaults__"):
                 _replace(stack, library.flex_attention, part, getattr(_flex_attention, part))
+        attention: Any = sys.modules.get("transformers.integrations.sdpa_attention")
+        choose = getattr(attention, "use_gqa_in_sdpa", None)
+        if choose is not None:
+            _replace(stack, attention, "use_gqa_in_sdpa", _unheard(choose))
         stack.enter_context(torch_functions())
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -70,6 +74,16 @@ def in_sight(model: nn.Module) -> Iterator[None]:
 def _replace(stack: ExitStack, owner: Any, name: str, value: object) -> None:
     stack.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, value)
+
+
+def _unheard(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that reads sizes unheard: it decides how fast the same is computed."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return function(*args, **kwargs)
+
+    return call
 
 
 def _broadcast_shapes(*shapes: Any) -> Any:
@@ -319,10 +333,22 @@ def _single_position(input: torch.Tensor, index: Any) -> torch.Tensor | None:
     return input[tuple(items)].clone()
 
 
+def _one_hot(input: torch.Tensor, num_classes: Any = -1) -> torch.Tensor | None:
+    """``one_hot`` as writing by position, which PyTorch does once it has read all values.
+
+    None where it counts the classes by them.
+    """
+    if plain(num_classes) < 1:
+        return None
+    empty = input.new_zeros((*input.shape, num_classes))
+    return empty.scatter_(-1, input.unsqueeze(-1), 1)
+
+
 REWRITES: dict[str, Callable[..., Any]] = {
     "__getitem__": _single_position,
     "group_norm": _group_norm,
     "scaled_dot_product_attention": _attention,
+    "one_hot": _one_hot,
     "repeat_interleave": _repeat_interleave,
 }
 """Name of a function of PyTorch -> the same in functions that are watched, or None if it cannot."""

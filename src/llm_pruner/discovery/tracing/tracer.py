@@ -249,6 +249,11 @@ class Tracer(TorchDispatchMode):
         unpacked = self._unpack(grid)
         if unpacked is not None:
             return unpacked
+        if grid.shape[2] > 2:
+            # Two new axes cannot be paired with three: those along neither stay, the others go on.
+            odd = grid[:, :, ~(by_outer | by_inner)]
+            self.freeze(odd.reshape(len(rows), -1), "two views of one axis divide it differently")
+            return self.split(rows, outer, inner)
         first, second = self.atoms.fresh(outer), self.atoms.fresh(inner)
         self.atoms.unify(rows, product_rows(first, second))
         return first, second

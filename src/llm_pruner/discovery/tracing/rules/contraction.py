@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Any
 
 from torch import Tensor
 
-from llm_pruner.discovery.tracing.atoms import product_rows
+from llm_pruner.discovery.tracing.atoms import empty_rows, product_rows
 from llm_pruner.discovery.tracing.ops import OPS, Alive, Call, Op, Run, UnplacedError, rule
 from llm_pruner.discovery.tracing.rules.pointwise import broadcast
+from llm_pruner.discovery.tracing.trace import Axes
 from llm_pruner.discovery.tracing.tracer import Tracer
 from llm_pruner.types import IntArray
 
@@ -136,6 +138,20 @@ def grouped_mm(tracer: Tracer, call: Call, self: Tensor, mat2: Tensor, offs: Ten
     tracer.set_label(call.out, [left[0], right[2]])
     for rows in (right[1], right[2]):
         tracer.note("aligned", rows)
+
+
+@rule("linalg_solve_triangular", product=True)
+def solve_triangular(tracer: Tracer, call: Call, self: Tensor, B: Tensor, left: bool) -> None:
+    """X of self X = B, or of X self = B: what is solved along stays, every column is by itself."""
+    systems, axes = tracer.label(self), tracer.label(B)
+    for rows in (*systems[-2:], axes[-2 if left else -1]):
+        tracer.freeze(rows, "a system of equations is solved along it")
+    met: Axes = []
+    pairs = zip_longest(systems[-3::-1], axes[-3::-1], fillvalue=empty_rows(1))
+    for one, other in pairs:
+        alike = len(one) == len(other)
+        met.insert(0, tracer.unify(one, other) if alike else max(one, other, key=len))
+    tracer.set_label(call.out, met + axes[-2:])
 
 
 @rule("convolution", product=True)

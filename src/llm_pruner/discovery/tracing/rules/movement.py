@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 from torch import Tensor
@@ -167,8 +168,20 @@ def slice_(
 
 
 @rule("select", **_MOVED)
+def select(tracer: Tracer, call: Call, self: Tensor, dim: int, index: int) -> None:
+    """What the code counts from the end, as ``qkv[..., -2, :]``, needs all behind it to stay.
+
+    One from the front need not be a number in the code: it may be counted, or read from a tensor.
+    """
+    axes = tracer.label(self)
+    rows = axes.pop(dim)
+    from_end = index < 0 and tracer.function in ("__getitem__", "__setitem__", "select")
+    tracer.freeze(rows[index:] if from_end else rows, "single positions of it are taken")
+    tracer.set_label(call.out, axes)
+
+
 @rule("unbind", moves=True)
-def select(tracer: Tracer, call: Call, self: Tensor, dim: int) -> None:
+def unbind(tracer: Tracer, call: Call, self: Tensor, dim: int) -> None:
     axes = tracer.label(self)
     tracer.freeze(axes.pop(dim), "single positions of it are taken")
     for piece in call.results:
@@ -189,7 +202,7 @@ def split(tracer: Tracer, call: Call, self: Tensor, dim: int) -> None:
         start = stop
 
 
-@rule("cat", moves=True)
+@rule("cat", moves=True, domain="tied")
 def cat(tracer: Tracer, call: Call, tensors: Sequence[Tensor], dim: int) -> None:
     # An empty tensor of one axis goes with any others.
     labels = [tracer.label(part) for part in tensors if part.dim() == call.out.dim()]
@@ -199,11 +212,15 @@ def cat(tracer: Tracer, call: Call, tensors: Sequence[Tensor], dim: int) -> None
         if place == dim:
             axes.append(stack_rows(list(rows)))
             continue
-        joined = rows[0]
-        for other in rows[1:]:
-            joined = tracer.unify(joined, other)
-        axes.append(joined)
+        axes.append(reduce(tracer.unify, rows))
     tracer.set_label(call.out, axes)
+    # Chosen positions beside others of the same kind are positions still.
+    domains = [tracer.domains[part] for part in tensors if part in tracer.domains]
+    if len(domains) == len(tensors) and len({*map(len, domains)}) == 1:
+        tracer.domains[call.out] = reduce(tracer.unify, domains)
+    else:
+        for rows in domains:
+            tracer.freeze(rows, "its positions are chosen by cat")
 
 
 @rule("stack")
