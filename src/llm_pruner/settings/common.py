@@ -99,7 +99,7 @@ SHARE_RESIDENT = 4
 class MemorySettings(Settings):
     """How much of the memory the weights may take."""
 
-    memory: Room = room_for_weights(shown="a tenth of what is free, on a GPU two fifths")
+    memory: Room = room_for_weights(shown="two fifths of what is free")
 
     def room(self, device: str) -> int:
         """Return the bytes that the weights may take on a device.

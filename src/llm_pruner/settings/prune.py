@@ -17,7 +17,9 @@ from llm_pruner.settings.common import (
     CalibrationSettings,
     MemorySettings,
     Names,
+    Room,
     WriterSettings,
+    room_for_weights,
 )
 from llm_pruner.settings.limits import MOST_MINUTES, Seed, must, within
 from llm_pruner.settings.options import Settings, option, option_name, presets_in, written
@@ -224,6 +226,7 @@ class PruneSettings(MemorySettings, WriterSettings, PlanSettings):
 
     panels: ClassVar = (HOW_MUCH, HOW, WHERE, IMPORTANCE, CALIBRATION, PLAN, OUTPUT, LOADING)
 
+    memory: Room = room_for_weights(shown="a tenth of what is free, on a GPU two fifths")
     plan: Path | None = _plan(None, "Replay this plan instead of making one.", "FILE", reads=True)
     dry_run: bool = _plan(False, "Write the plan to --out and stop.")
     estimate: bool = _plan(
