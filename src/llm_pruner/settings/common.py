@@ -94,6 +94,7 @@ room_for_weights = partial(
 
 
 SHARE_RESIDENT = 4
+"""One part in so many of the default room is for weights that stay in memory on a processor."""
 
 
 class MemorySettings(Settings):

@@ -168,20 +168,8 @@ def slice_(
 
 
 @rule("select", **_MOVED)
-def select(tracer: Tracer, call: Call, self: Tensor, dim: int, index: int) -> None:
-    """What the code counts from the end, as ``qkv[..., -2, :]``, needs all behind it to stay.
-
-    One from the front need not be a number in the code: it may be counted, or read from a tensor.
-    """
-    axes = tracer.label(self)
-    rows = axes.pop(dim)
-    from_end = index < 0 and tracer.function in ("__getitem__", "__setitem__", "select")
-    tracer.freeze(rows[index:] if from_end else rows, "single positions of it are taken")
-    tracer.set_label(call.out, axes)
-
-
 @rule("unbind", moves=True)
-def unbind(tracer: Tracer, call: Call, self: Tensor, dim: int) -> None:
+def select(tracer: Tracer, call: Call, self: Tensor, dim: int) -> None:
     axes = tracer.label(self)
     tracer.freeze(axes.pop(dim), "single positions of it are taken")
     for piece in call.results:
