@@ -100,6 +100,20 @@ def test_what_is_tied_to_the_output_layer_is_cut_with_it() -> None:
     assert edits.shapes["spare.weight"] == (40, model.config.hidden_size)
 
 
+def test_what_is_looked_up_for_each_token_is_cut_with_it() -> None:
+    model: Any = tiny_model("llama")
+    rows = model.config.vocab_size
+    chosen, other = torch.arange(2 * rows).view(rows, 2), torch.arange(rows + 1)
+    model.router = nn.Module()
+    model.router.register_buffer("chosen", chosen)
+    model.router.register_buffer("other", other)
+    model.router.register_buffer("scales", torch.ones(rows))
+    cut_vocabulary_(model, np.array([0, 1, 2, 30, 41]))
+    assert model.router.chosen.equal(chosen[[0, 1, 2, 30, 41]])
+    assert model.router.other is other
+    assert len(model.router.scales) == rows
+
+
 def test_tokens_are_known_by_all_names_of_settings() -> None:
     model: Any = tiny_model("llama", image_token_index=30, boi_token_index=7, audio_token_id=9)
     found = model.config

@@ -929,6 +929,42 @@ def test_modules_that_are_not_reached(shape: tuple[int, int], kept: set[str]) ->
             )
 
 
+class Seeing(nn.Module):
+    """A model of text in a part of its own, and what would write images into its hidden states."""
+
+    def __init__(self, text: Net, size: int) -> None:
+        super().__init__()
+        self.text, self.projector = text, nn.Linear(5, size, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.text(tokens)
+
+
+@pytest.mark.parametrize(("size", "kept"), [(HIDDEN, {"ffn"}), (97, {"ffn", "hidden"})])
+def test_what_writes_images_into_hidden_states_is_not_reached(size: int, kept: set[str]) -> None:
+    discovery = discover(Seeing(Net(Forgotten((5, 7)), tied=True), size).eval())
+    assert free(discovery) == kept
+
+
+class OfImages(nn.Module):
+    """Experts of text, and as many of images, which tokens of text do not reach."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.text = Mixture(batched=True, top=2)
+        self.images = nn.Parameter(torch.zeros(number, 7))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.text(x)
+
+
+@pytest.mark.parametrize(("number", "prunable"), [(4, False), (9, True)])
+def test_experts_of_images_are_not_reached(number: int, prunable: bool) -> None:
+    net = Net(Attention())
+    net.bodies[0] = OfImages(number)
+    assert ("experts" in free(discover(net))) == prunable
+
+
 class Gates(Attention):
     """Attention with a gate for each head, or a norm of each, that no run of text reaches."""
 

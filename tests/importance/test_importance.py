@@ -16,7 +16,7 @@ from torch import nn
 from helpers import tiny_model
 from llm_pruner.errors import UserError
 from llm_pruner.importance import Criterion, boundary_pass, score, taylor
-from llm_pruner.importance.boundary_pass import loss_cotangent
+from llm_pruner.importance.boundary_pass import as_in, loss_cotangent, loss_stride
 from llm_pruner.models.activation_store import ActivationStore
 from llm_pruner.models.blockwise import NotBlockwise, find_chain
 from llm_pruner.types import Discovery, Group, Member
@@ -369,6 +369,18 @@ def test_a_large_output_layer_runs_at_a_share_of_the_positions(
         assert [count for count, _ in found] == [12 // stride] * 8
         seen = torch.cat([positions for _, positions in found[:stride]])
         assert sorted(seen.tolist()) == list(range(12))
+
+
+@pytest.mark.parametrize(("blocks", "stride"), [(1, 3), (2, 2), (3, 1)])
+def test_a_stand_in_takes_the_loss_where_the_model_would(blocks: int, stride: int) -> None:
+    sizes = {"vocab_size": 66_000, "hidden_size": 24, "intermediate_size": 22_000}
+    for now in (sizes, {**sizes, "num_hidden_layers": 2}, {**sizes, "vocab_size": 300}):
+        model = tiny_model(**{"num_hidden_layers": 1, **now}).requires_grad_(False)
+        chain = find_chain(model, tokens(), {})
+        with as_in(blocks, 66_000):
+            assert loss_stride(chain) == stride
+        with as_in(blocks, 60_000):
+            assert loss_stride(chain) == 1
 
 
 def test_a_model_that_gives_other_logits_when_asked_for_some_gives_all(

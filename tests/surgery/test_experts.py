@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+import architectures
+
 from command import done, refused
 from families import discovered, make
 from helpers import tiny_model, tiny_tokenizer
@@ -24,7 +29,7 @@ from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import InfeasibleError
 from llm_pruner.surgery.cut import cut_
 from llm_pruner.surgery.twin import pruned_logits, twin_logits
-from llm_pruner.surgery.verify import largest_difference
+from llm_pruner.surgery.verify import cut_verified_, largest_difference
 from llm_pruner.types import Discovery, Removal
 from nets import HIDDEN, Net
 from removals import cut_as_twin_, pick
@@ -65,6 +70,18 @@ def test_numbers_that_only_losses_read_follow_equal_mixtures() -> None:
     cut_(uneven, discovery, {"layers.1.experts": np.array([1])})
     assert uneven.num_experts == 4
     assert [layer.mlp.experts.num_experts for layer in uneven.model.layers] == [4, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_mixtures_that_cannot_be_pruned_keep_their_numbers() -> None:
+    """The experts of a token, by its number, are frozen beside those that a router chooses."""
+    model: Any = architectures.tiny_model("deepseek_v4")
+    discovery = discover(model)
+    (group,) = experts(discovery).values()
+    cut_verified_(model, discovery, {group.name: np.array([1])})
+    numbers = [layer.mlp.experts.num_experts for layer in model.model.layers]
+    assert numbers == [group.size, group.size - 1]
 
 
 def test_experts_in_groups_go_one_of_each() -> None:

@@ -30,6 +30,7 @@ from llm_pruner.models.streaming import (
     keep_dtype_,
     saved_by_shard,
 )
+from llm_pruner.models.tokenizer import save_tokenizer
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.types import Edits
 
@@ -133,7 +134,7 @@ def save_checkpoint(
                 shard = min(most, key=bytes_of)
                 model.save_pretrained(folder, max_shard_size=shard, state_dict=state)
                 if tokenizer is not None:
-                    tokenizer.save_pretrained(folder)
+                    save_tokenizer(tokenizer, folder)
             for name, content in processor.items():
                 if name != "chat_template.json" or not any(folder.glob("*chat_template*")):
                     (folder / name).write_bytes(content)

@@ -352,7 +352,8 @@ class _Builder:
         """Freeze groups that a parameter may read which the run did not reach.
 
         That is one of a module used in training alone, or for images: it may, if it has an axis of
-        that length, and lies where activations of the group are at hand.
+        that length, and lies where activations of the group are at hand. Hidden states are
+        everywhere, as what writes images into them; other experts stand beside those of text.
         """
         order = self.trace.order
         reached = {*order, *(name for name, first in self.aliases.items() if first in order)}
@@ -367,6 +368,8 @@ class _Builder:
         for group in groups:
             places = [_paths(member.tensor) for member in group.members if not member.buffer]
             common = [path for path in places[0] if all(path in other for other in places)][-1]
+            wider = {"hidden": "", "experts": common.rpartition(".")[0]}
+            around = wider.get(group.kind, common)
             sizes = {group.size, *(member.index.shape[1] for member in group.members)}
             sizes |= {self.tensors[member.tensor][0][member.dim] for member in group.members}
             missing = next(
@@ -374,7 +377,7 @@ class _Builder:
                     name
                     for size in sorted(sizes - {1})
                     for caller, name in missed[size].items()
-                    if common in _paths(f"{caller}.")
+                    if around in _paths(f"{caller}.")
                 ),
                 None,
             )

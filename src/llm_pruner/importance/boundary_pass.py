@@ -90,7 +90,8 @@ _like: tuple[int, int, bool] | None = None
 
 @contextmanager
 def as_in(blocks: int, vocabulary: int, *, streamed: bool = False) -> Iterator[None]:
-    """Inside, samples go together as in a model of so many blocks and logits for each token.
+    """Inside, samples go together and positions have a loss as in a model of so many blocks and
+    logits for each token.
 
     Args:
         streamed: have blocks run again, as where weights do not stay in memory.
@@ -607,12 +608,14 @@ def loss_stride(chain: Chain) -> int:
     the blocks' arithmetic: forward and backward through it at all positions, beside two times
     forward and one time backward through the blocks.
     """
-    if chain.vocabulary < _LARGE_VOCABULARY:
+    count = len(chain.blocks)
+    like, vocabulary = (count, chain.vocabulary) if _like is None else _like[:2]
+    if vocabulary < _LARGE_VOCABULARY:
         return 1
     model: Any = chain.model
-    head = chain.vocabulary * model.get_input_embeddings().weight.shape[1]
-    blocks = sum(one.numel() for block in chain.blocks for one in block.parameters())
-    return max(1, min(_SPARSEST, math.ceil(4 * head / (6 * blocks * _HEAD))))
+    head = vocabulary * model.get_input_embeddings().weight.shape[1]
+    held = sum(one.numel() for block in chain.blocks for one in block.parameters())
+    return max(1, min(_SPARSEST, math.ceil(4 * head * count / (6 * held * like * _HEAD))))
 
 
 def pull_back(

@@ -54,6 +54,7 @@ from llm_pruner.models.gguf_file import (
 from llm_pruner.models.older_code import complete_
 from llm_pruner.models.stored_weight import mapped_files
 from llm_pruner.models.streaming import stored, stream_
+from llm_pruner.models.tokenizer import read_tokenizer
 from llm_pruner.models.unrounded import unrounded
 from llm_pruner.runtime.memory import free_bytes, keep_all_blocks
 from llm_pruner.runtime.progress import quiet_bars
@@ -558,7 +559,7 @@ def _load_tokenizer(source: str, found: _Found, required: bool) -> PreTrainedTok
         if found.is_gguf:
             with TemporaryDirectory() as empty:  # what lies beside the file may be another's
                 return AutoTokenizer.from_pretrained(empty, **found.shared)
-        return AutoTokenizer.from_pretrained(found.folder, **found.shared)
+        return read_tokenizer(found.folder, found.shared)
     except Exception as error:  # tokenizer code raises whatever its parser raises
         if not required:
             return None

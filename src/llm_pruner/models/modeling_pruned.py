@@ -190,6 +190,11 @@ def reshape_parameters_(model, shapes):
         owner, _, name = path.rpartition(".")
         module = model.get_submodule(owner)
         old = getattr(module, name)
+        if hasattr(old, "ds_id"):
+            raise ValueError(
+                "a model with layers of different sizes cannot be loaded under DeepSpeed ZeRO-3, "
+                "which splits weights before they have their sizes; use ZeRO-2"
+            )
         if old is None:  # a linear module that was given a bias
             new = nn.Parameter(module.weight.new_zeros(shape), module.weight.requires_grad)
         else:

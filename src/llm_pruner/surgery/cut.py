@@ -212,7 +212,8 @@ def _expert_numbers(
     """Yield the numbers of experts that modules state of themselves, whoever reads them.
 
     One implementation of experts reads a number that another does not, and losses read that of the
-    whole model; it follows where all mixtures keep equally many.
+    whole model; it follows where all mixtures keep equally many. One that cannot be pruned is no
+    group, but has weights of its own for as many experts as it says.
     """
     kept = kept_shapes(discovery, removal)
     sizes_of = [
@@ -223,14 +224,21 @@ def _expert_numbers(
         if name in kept
     ]
     changed, mixtures = dict(sizes_of), {sizes for _, sizes in sizes_of}
+    said = [
+        (path, attribute, value)
+        for path, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        if _NUMBER_OF_EXPERTS.fullmatch(attribute)
+    ]
+    for path, _, value in said:
+        own = model.get_submodule(path)._parameters if path not in changed else ()
+        if any(kept.get(f"{path}.{key}", ())[:1] == (value,) for key in own):
+            mixtures.add((value, value))
     whole = next(iter(mixtures)) if len(mixtures) == 1 else None
-    for path, module in model.named_modules():
+    for path, attribute, value in said:
         sizes, new_path = changed.get(path, whole), rename(path)
-        if sizes is None or sizes[0] == sizes[1] or new_path is None:
-            continue
-        for attribute, value in vars(module).items():
-            if _NUMBER_OF_EXPERTS.fullmatch(attribute) and value == sizes[0]:
-                yield new_path, attribute, sizes[1]
+        if sizes is not None and value == sizes[0] != sizes[1] and new_path is not None:
+            yield new_path, attribute, sizes[1]
 
 
 def _descriptions(

@@ -93,6 +93,8 @@ def with_tokens_of(dense: LoadedModel, student: LoadedModel) -> LoadedModel:
 def cut_vocabulary_(model: Any, kept: npt.NDArray[np.int64]) -> Edits:
     """Keep the rows of some tokens in the input and output embeddings, and renumber the settings.
 
+    So are the rows of whole numbers that a model has for each token, such as the experts of each.
+
     Args:
         model: of transformers; tied embeddings stay tied.
         kept: ids of the tokens, in the order that they get; those of `named_tokens` are among them.
@@ -100,7 +102,7 @@ def cut_vocabulary_(model: Any, kept: npt.NDArray[np.int64]) -> Edits:
     Returns:
         The new shapes of the embeddings, under each of their names.
     """
-    rows = torch.from_numpy(kept)
+    rows, before = torch.from_numpy(kept), embedding_rows(model)
     new = {int(old): index for index, old in enumerate(kept)}
     cut: dict[int, nn.Parameter] = {}
     tables = _tables(model).values()
@@ -119,6 +121,10 @@ def cut_vocabulary_(model: Any, kept: npt.NDArray[np.int64]) -> Edits:
         for name, weight in module._parameters.items():
             if id(weight) in cut:
                 module._parameters[name] = cut[id(weight)]
+        for name, table in module._buffers.items():
+            numbers = table is not None and not table.is_floating_point()
+            if numbers and table.shape[:1] == (before,):
+                module._buffers[name] = table[rows.to(table.device)]
     inner = [one for one in model.modules() if isinstance(one, PreTrainedModel)]
     holders = {id(one): one for one in (*tables, *inner)}.values()
     for module in holders:
