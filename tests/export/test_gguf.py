@@ -30,6 +30,7 @@ from llm_pruner.export.gguf_tokenizer import copy_tokenizer, read_tokenizer
 from llm_pruner.models import gguf_file
 from llm_pruner.models.gguf_file import complete_from_gguf_
 from llm_pruner.models.load import LoadedModel, load_model
+from llm_pruner.models.splitting import NAMES, rules_of, split_as_named_
 from trained_tokenizers import byte_level
 
 SIZES = {
@@ -313,6 +314,27 @@ def test_a_file_is_read_as_it_was_written(here: Path, kind: str, rotary: dict[st
     loaded.tokenizer.save_pretrained("t")
     for tokenizer in (loaded.tokenizer, AutoTokenizer.from_pretrained("t")):
         assert tokenizer.get_vocab() == tokens
+
+
+@pytest.mark.parametrize("name", sorted(NAMES.values()))
+def test_text_is_split_as_the_file_says(here: Path, name: str) -> None:
+    tokenizer = byte_level()
+    split_as_named_(tokenizer._tokenizer, name)
+    tiny(vocab_size=len(tokenizer)).save_pretrained("m")
+    tokenizer.save_pretrained("m")
+    done("export", "m", "--type", "f32", "--out", "m.gguf", "--overwrite")
+    read = load_model("m.gguf").tokenizer
+    assert read is not None
+    assert NAMES[rules_of(json.loads(read._tokenizer.to_str()))] == name
+    assert read.encode("In 2024, it's  1,234") == tokenizer.encode("In 2024, it's  1,234")
+
+
+def test_a_name_that_is_not_known_changes_nothing() -> None:
+    tokenizer = byte_level()._tokenizer
+    before = tokenizer.to_str()
+    split_as_named_(tokenizer, "deepseek-coder")
+    split_as_named_(tokenizer, None)
+    assert tokenizer.to_str() == before
 
 
 def test_a_tokenizer_beside_the_file_is_not_read(here: Path) -> None:

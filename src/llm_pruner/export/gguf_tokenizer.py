@@ -6,9 +6,7 @@ told by the rules that ``tokenizer.json`` states, so that one with other tokens 
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +15,8 @@ from tokenizers import Tokenizer
 
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import read_json
+from llm_pruner.models.splitting import NAMES, rules_of, steps_of
 from llm_pruner.runtime.progress import quiet
-
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_LINES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_CASED = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s|"
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s|"
-)
-_WORDS = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _LINES
-_TAIL = r"%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _LINES
-
-_RULES: dict[tuple[object, ...], str] = {
-    (False, "ByteLevel"): "gpt-2",
-    (False, "Digits", "ByteLevel"): "smollm",
-    (False, _WORDS % r"\p{N}"): "qwen2",
-    (False, _WORDS % r"\p{N}{1,3}"): "smaug-bpe",
-    (True, _WORDS % r"\p{N}{1,3}"): "llama-bpe",
-    (True, _CASED % ("", "") + _TAIL % r"\p{N}"): "tekken",
-    (False, _CASED % ((f"{_CONTRACTIONS}?",) * 2) + _TAIL % r"\p{N}{1,3}"): "gpt-4o",
-}
-"""(Whether whole tokens need no merges, the rules in order) -> llama.cpp's name.
-
-A rule is ``ByteLevel`` for GPT-2's own expression, ``Digits`` for single digits, or an expression.
-"""
-
 
 _UNICODE = ("NFC", "NFD", "NFKC", "NFKD")
 """Normalisers that llama.cpp leaves out: most text is normal already."""
@@ -197,7 +172,7 @@ def _adds_space(data: dict[str, Any]) -> bool:
 
 
 def _all_steps(data: dict[str, Any]) -> list[dict[str, Any]]:
-    return [*_steps(data.get("normalizer")), *_steps(data.get("pre_tokenizer"))]
+    return [*steps_of(data.get("normalizer")), *steps_of(data.get("pre_tokenizer"))]
 
 
 def _unknown(folder: Path) -> UserError:
@@ -207,30 +182,10 @@ def _unknown(folder: Path) -> UserError:
     )
 
 
-def _steps(one: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    if one is not None and one["type"] == "Sequence":
-        for step in one.get("normalizers") or one.get("pretokenizers") or ():
-            yield from _steps(step)
-    elif one is not None:
-        yield one
-
-
 def _pre_tokenizer(data: dict[str, Any], folder: Path) -> str:
     """Return llama.cpp's name for the rules by which text is split before merging."""
-    rules = filter(None, map(_rule, _steps(data.get("pre_tokenizer"))))
-    normal = {step["type"] for step in _steps(data.get("normalizer"))}
-    name = _RULES.get((bool(data["model"].get("ignore_merges")), *rules))
+    normal = {step["type"] for step in steps_of(data.get("normalizer"))}
+    name = NAMES.get(rules_of(data))
     if name is None or not normal <= set(_UNICODE):
         raise _unknown(folder)
     return name
-
-
-def _rule(step: dict[str, Any]) -> str | None:
-    """Return a step as `_RULES` has it; None for the one that only writes bytes as letters."""
-    if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
-        return str(step["pattern"].get("Regex"))
-    if step["type"] == "Digits" and step["individual_digits"]:
-        return "Digits"
-    if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
-        return "ByteLevel" if step.get("use_regex", True) else None
-    return json.dumps(step, sort_keys=True)

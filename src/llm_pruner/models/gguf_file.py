@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llm_pruner.errors import UserError
+from llm_pruner.models.splitting import split_as_named_
 
 _MOST_HEADER = 2**26
 """Bytes in which the header of a file is looked for: names, numbers and the vocabulary."""
@@ -189,6 +190,16 @@ def _is_llama3(config: PreTrainedConfig, factors: Any) -> bool:
     plain = usual["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
     expected = (plain / found).numpy()
     return factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-4)
+
+
+def split_as_said_(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+    """Have text split before merging as a file says, which transformers does not read.
+
+    Where llama.cpp's name for it is none that is known here, it is as transformers has it.
+    """
+    backend = getattr(tokenizer, "_tokenizer", None)
+    if backend is not None:
+        split_as_named_(backend, _said(_header(file), "tokenizer.ggml.pre"))
 
 
 def drop_tokens_beyond_(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:

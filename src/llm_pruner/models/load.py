@@ -49,6 +49,7 @@ from llm_pruner.models.gguf_file import (
     complete_from_gguf_,
     drop_tokens_beyond_,
     require_all_read,
+    split_as_said_,
     weights_in,
 )
 from llm_pruner.models.older_code import complete_
@@ -558,7 +559,9 @@ def _load_tokenizer(source: str, found: _Found, required: bool) -> PreTrainedTok
     try:
         if found.is_gguf:
             with TemporaryDirectory() as empty:  # what lies beside the file may be another's
-                return AutoTokenizer.from_pretrained(empty, **found.shared)
+                tokenizer = AutoTokenizer.from_pretrained(empty, **found.shared)
+            split_as_said_(tokenizer, Path(found.shared["gguf_file"]))
+            return tokenizer
         return read_tokenizer(found.folder, found.shared)
     except Exception as error:  # tokenizer code raises whatever its parser raises
         if not required:

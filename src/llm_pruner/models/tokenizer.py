@@ -3,7 +3,7 @@
 transformers 5 builds most classes of tokenizers anew from the vocabulary and the merges in
 ``tokenizer.json``. What that file says of how text is split before merging is lost where the class
 says otherwise: of SmolLM2 and StarCoder2, which are called ``GPT2Tokenizer``, that each digit is a
-token (huggingface/transformers, issues 45812 and 45920).
+token by itself (huggingface/transformers, issues 45812 and 45920).
 """
 
 from __future__ import annotations
