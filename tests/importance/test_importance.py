@@ -383,12 +383,15 @@ def test_a_stand_in_takes_the_loss_where_the_model_would(blocks: int, stride: in
             assert loss_stride(chain) == 1
 
 
+@pytest.mark.parametrize("criterion", [Criterion(), Criterion("fisher")])
 def test_a_model_that_gives_other_logits_when_asked_for_some_gives_all(
-    monkeypatch: pytest.MonkeyPatch,
+    criterion: Criterion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With all activations held, too, as ``fisher`` has them."""
     model = tiny_model(num_hidden_layers=1).requires_grad_(False)
     discovery, ids = llama_discovery(model), tokens()
-    want = score(model, discovery, Criterion(), input_ids=ids, seed=0)
+    monkeypatch.setattr(boundary_pass, "_FEWEST_HELD", 1)
+    want = score(model, discovery, criterion, input_ids=ids, seed=0)
     real = model.forward
 
     def last(input_ids: torch.Tensor, logits_to_keep: Any = 0, **others: Any) -> Any:
@@ -397,7 +400,7 @@ def test_a_model_that_gives_other_logits_when_asked_for_some_gives_all(
 
     model.forward = last
     monkeypatch.setattr(boundary_pass, "loss_stride", lambda _: 2)
-    got = score(model, discovery, Criterion(), input_ids=ids, seed=0)
+    got = score(model, discovery, criterion, input_ids=ids, seed=0)
     for name in want:
         np.testing.assert_array_equal(got[name], want[name])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,74 @@ def test_a_streamed_model_gives_the_plan_and_the_weights_of_a_resident_one(
     streamed, same = pruned(model, tmp_path / "b", text, memory=TINY, **options)
     assert plan == streamed
     require_alike(kept, same)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_what_is_refitted_is_rounded_as_it_is_saved(tmp_path: Path, text: str, dtype: str) -> None:
+    """Not to the type of the files, which are in bfloat16."""
+    model, options = save(tmp_path / "model", "llama"), {"preset": "balanced", "dtype": dtype}
+    _, kept = pruned(model, tmp_path / "a", text, ratio=0.15, **options)
+    _, same = pruned(model, tmp_path / "b", text, ratio=0.15, memory=TINY, **options)
+    require_alike(kept, same)
+
+
+@pytest.mark.parametrize(
+    ("options", "by_choice"),
+    [
+        ({"preset": "paper"}, True),
+        ({"preset": "balanced"}, True),
+        ({"preset": "balanced", "layer_trials": True}, False),
+        ({"preset": "best"}, False),  # a repair
+        ({"preset": "balanced", "calibration": "self"}, False),  # a small model writes in float32
+        ({"preset": "paper", "memory": 4000}, False),
+    ],
+)
+def test_weights_that_fit_stay_in_memory_where_their_files_are_slower(
+    tmp_path: Path, text: str, options: dict[str, Any], by_choice: bool
+) -> None:
+    model = save(tmp_path / "model", "llama")
+    settings = PruneSettings(
+        **{"model": str(model), "out": tmp_path / "out", "calibration": text, **options}, ratio=0.1
+    )
+    run = PruneRun(settings)
+    run.check()
+    assert run.stays(4000) == (1000 if by_choice else 4000)
+
+
+def test_new_weights_and_the_folder_may_be_too_much_for_a_disk(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save(tmp_path / "model", "llama")
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    for free, preset, there in (
+        (1.5 * size, "balanced", 4000),
+        (3 * size, "balanced", 1000),
+        (0, "paper", 1000),
+    ):
+        monkeypatch.setattr("llm_pruner.commands.prune.free_on_disk", lambda free=free: free)
+        asked = {"calibration": text, "preset": preset, "ratio": 0.1}
+        run = PruneRun(PruneSettings(model=str(model), out=tmp_path / "out", **asked))
+        run.check()
+        assert run.stays(4000) == there
+
+
+@pytest.mark.slow
+def test_what_cannot_stay_in_memory_does_not_start_over(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = save(tmp_path / "model", "llama")
+
+    def no_chain(*_: object, **__: object) -> None:
+        raise NotBlockwise("block 1 depends on more than its hidden state")
+
+    monkeypatch.setattr(taylor, "find_chain", no_chain)
+    monkeypatch.setattr(common, "free_bytes", lambda _: TINY)
+    with pytest.raises(UserError, match="give a --memory that holds all of them"):
+        pruned(model, tmp_path / "out", text, preset="paper", ratio=0.15)
+    assert "all weights are read into memory" not in caplog.text
 
 
 @pytest.mark.slow

@@ -423,7 +423,8 @@ class _Forecaster:
 
     def _writes_bfloat16(self) -> bool:
         fits = not self.streamed or 2 * self.total <= self.room
-        return multiplies_bfloat16() and self.total >= LARGE and fits
+        wide = self.model.dtype == torch.float32
+        return wide and multiplies_bfloat16() and self.total >= LARGE and fits
 
     # ------------------------------------------------------------------------- what follows of it
 

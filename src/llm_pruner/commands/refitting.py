@@ -16,7 +16,7 @@ from llm_pruner.models.consumers import consumers_of, linear_modules
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import LoadedModel
 from llm_pruner.models.stored_weight import FILES
-from llm_pruner.models.streaming import is_model_streamed
+from llm_pruner.models.streaming import is_model_streamed, new_weights_in
 from llm_pruner.runtime.memory import give_back
 from llm_pruner.runtime.precision import mixed_precision
 from llm_pruner.search.divergence import divergences
@@ -67,7 +67,6 @@ class Refitter:
         self._model, self._dense = loaded.model, sharing_copy(loaded.model)
         know_copy(self._model, self._dense)
         self._discovery, self._surgeon, self._saved = discovery, surgeon, saved
-        self._stored = loaded.stored_dtype
         self.done: list[Refitted] = []
 
     def bytes_on_disk(self, removal: Removal) -> int:
@@ -82,9 +81,7 @@ class Refitter:
             if group.kind in KINDS and (not gone <= {*KINDS} or len(removal.get(group.name, ())))
             for consumer in consumers_of(self._dense, group, linear)
         }
-        return (
-            sum(self._dense.get_parameter(one).numel() for one in weights) * self._stored.itemsize
-        )
+        return sum(self._dense.get_parameter(one).numel() for one in weights) * self._saved.itemsize
 
     def refit(
         self,
@@ -101,6 +98,7 @@ class Refitter:
             known: hidden states of the dense model, of the first samples that are fitted or all.
         """
         before = sharing_copy(self._model)
+        token = new_weights_in.set(self._saved)
         try:
             with mixed_precision(self._model):
                 about = (self._model, self._dense, self._discovery, removal, fitted)
@@ -109,6 +107,8 @@ class Refitter:
         except BaseException:
             self._take_back(before)
             raise
+        finally:
+            new_weights_in.reset(token)
         self.done.extend(found)
         self._surgeon.clock.stop("least squares")
 
@@ -116,7 +116,7 @@ class Refitter:
         self, found: list[Refitted], before: nn.Module, judged: torch.Tensor
     ) -> list[Refitted]:
         """Return what became of each consumer once all were judged together."""
-        if not is_model_streamed(self._model):  # its weights lie in the type of the files
+        if not is_model_streamed(self._model):  # its new weights lie in that type already
             for one in found:
                 weight = self._model.get_submodule(one.module).get_parameter("weight")
                 if one.changed:

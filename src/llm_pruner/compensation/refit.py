@@ -52,7 +52,7 @@ from llm_pruner.models.consumers import (
 )
 from llm_pruner.models.forward import first_tensor, undisturbed
 from llm_pruner.models.layers import Renaming, kept_layers
-from llm_pruner.models.streaming import turn
+from llm_pruner.models.streaming import new_weights_in, turn
 from llm_pruner.runtime.progress import track
 from llm_pruner.surgery.removal import removed_modules, removed_positions
 from llm_pruner.types import Discovery, Removal
@@ -377,7 +377,7 @@ class _Refit:
             found = best_refit(fit, held_out, self.ridges, self.last.get(number))
             del fit, held_out
             if found.ridge is not None:
-                set_weight(consumer.module, found.weight)
+                set_weight(consumer.module, found.weight, new_weights_in.get() or weight.dtype)
                 self.last[number] = found.ridge
             self.found.append(Refitted(consumer.name, found.ridge, found.before, found.after))
             if read is not None:

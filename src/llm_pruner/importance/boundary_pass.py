@@ -358,7 +358,9 @@ class _BlockPass:
                 self._measure(self.count // 2)
             self._take_positions(self.stride)
             holds = self._holds()
-            first = self.count if holds and collector.keep is None else 0
+            # Where the loss may have to be taken at all positions, blocks may be run again.
+            held = holds and collector.keep is None and self.stride == 1
+            first = self.count if held else 0
             states = ActivationStore(range(first, self.count + 1), samples, MEMORY // 4)
             with (
                 closing(ActivationStore(range(1), samples, MEMORY * 3 // 4)) as self.gradients,

@@ -70,15 +70,19 @@ def weight_of(module: nn.Module) -> torch.Tensor:
     return weight if input_dim(module) == 1 else weight.T
 
 
-def set_weight(module: nn.Module, weight: torch.Tensor) -> None:
-    """Give a linear module a new weight of shape (out_features, in_features), in its own dtype.
+def set_weight(module: nn.Module, weight: torch.Tensor, dtype: torch.dtype) -> None:
+    """Give a linear module a new weight of shape (out_features, in_features).
 
     The old parameter is left as it is: a copy of the model may share it.
+
+    Args:
+        dtype: what the new one is not to be rounded further than, nor than the old one.
     """
     old = module.get_parameter("weight")
     new = weight if input_dim(module) == 1 else weight.T
     module.weight = nn.Parameter(
-        new.to(old.dtype).to(old.device).contiguous(), requires_grad=old.requires_grad
+        new.to(old.device, torch.promote_types(old.dtype, dtype)).contiguous(),
+        requires_grad=old.requires_grad,
     )
 
 

@@ -44,6 +44,10 @@ before_turn: ContextVar[Callable[[nn.Module, int], None] | None]
 before_turn = ContextVar("before_turn", default=None)
 """What a thread does before a block's weights are read; it is given the block and its number."""
 
+new_weights_in: ContextVar[torch.dtype | None]
+new_weights_in = ContextVar("new_weights_in", default=None)
+"""The type in which weights are kept that take the place of others; by default that of those."""
+
 
 def is_streamed(tensor: torch.Tensor) -> bool:
     """Whether a parameter's values are there only in its block's turn."""
@@ -312,7 +316,7 @@ def _adopt(parameter: nn.Parameter, source: StoredWeight) -> None:
 def turn(*blocks: nn.Module) -> Iterator[None]:
     """Inside, the weights of these blocks are there, for a backward pass too.
 
-    A weight that is replaced inside is kept in the type of the one before it.
+    A weight that is replaced inside is kept in the type that ``new_weights_in`` says.
     """
     places = [
         (module, key, parameter)
@@ -344,7 +348,8 @@ def turn(*blocks: nn.Module) -> Iterator[None]:
                 now = module._parameters.get(key)
                 if now is not None and now is not before and now not in _SOURCES:
                     source = _SOURCES[before]
-                    stored, mapped = filed(now.data.to("cpu", source.stored.dtype))
+                    kind = new_weights_in.get() or source.stored.dtype
+                    stored, mapped = filed(now.data.to("cpu", kind))
                     _adopt(now, replace(source, stored=stored, mapped=mapped, changes=()))
 
 
