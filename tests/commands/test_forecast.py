@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,15 @@ from typing import Any
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+import architectures
+import tiny_configs
+
 from command import contents, done, run, save_tiny, write_text
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.commands import forecast
+from llm_pruner.settings import common
 
 pytestmark = pytest.mark.slow
 
@@ -25,6 +32,23 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(folder / "dense", num_hidden_layers=3)
     write_text(folder / "text.txt", 4000)
     return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("model_type", "streamed"), [("llama", True), ("falcon_h1", False)])
+def test_what_cannot_be_read_by_block_is_foretold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, streamed: bool
+) -> None:
+    """A run that reads weights by block by choice starts over with all of them in memory."""
+    write_text(tmp_path / "text.txt", 4000)
+    sizes = tiny_configs.OVERRIDES.get(model_type, {}) | {"num_hidden_layers": 3}
+    monkeypatch.setitem(tiny_configs.OVERRIDES, model_type, sizes)
+    model: Any = architectures.tiny_model(model_type)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    monkeypatch.setattr(common, "SHARE_RESIDENT", 10**9)
+    whole = ("--preset", "paper", "--protect-first", 0, "--protect-last", 0)
+    assert said(tmp_path, *TEXT, *whole)["streamed"] == streamed
 
 
 def said(made: Path, *more: object, model: str = "dense", code: int = 0) -> Any:

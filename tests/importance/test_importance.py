@@ -387,11 +387,14 @@ def test_a_stand_in_takes_the_loss_where_the_model_would(blocks: int, stride: in
 def test_a_model_that_gives_other_logits_when_asked_for_some_gives_all(
     criterion: Criterion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With all activations held, too, as ``fisher`` has them."""
+    """With all activations held, too, for which there are then too many logits."""
     model = tiny_model(num_hidden_layers=1).requires_grad_(False)
     discovery, ids = llama_discovery(model), tokens()
-    monkeypatch.setattr(boundary_pass, "_FEWEST_HELD", 1)
-    want = score(model, discovery, criterion, input_ids=ids, seed=0)
+    names = [group.name for group in discovery.groups if group.kind in ("heads", "ffn")]
+    logits = ids.shape[1] * model.config.vocab_size * 4
+    monkeypatch.setattr(boundary_pass, "_LOGIT_BYTES", logits)
+    monkeypatch.setattr(boundary_pass, "_FEWEST_HELD", ids.shape[1] + 1)
+    want = score(model, discovery, criterion, input_ids=ids, seed=0, groups=names)
     real = model.forward
 
     def last(input_ids: torch.Tensor, logits_to_keep: Any = 0, **others: Any) -> Any:
@@ -400,7 +403,7 @@ def test_a_model_that_gives_other_logits_when_asked_for_some_gives_all(
 
     model.forward = last
     monkeypatch.setattr(boundary_pass, "loss_stride", lambda _: 2)
-    got = score(model, discovery, criterion, input_ids=ids, seed=0)
+    got = score(model, discovery, criterion, input_ids=ids, seed=0, groups=names)
     for name in want:
         np.testing.assert_array_equal(got[name], want[name])
 

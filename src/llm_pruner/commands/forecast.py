@@ -56,17 +56,19 @@ from llm_pruner.data.sequences import added_tokens
 from llm_pruner.data.text import CHAT, shares_of
 from llm_pruner.discovery.groups import discover
 from llm_pruner.discovery.tracing.scenes import long_length
-from llm_pruner.errors import UserError
+from llm_pruner.errors import NeedsMemory, UserError
 from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.files.outputs import bytes_of, nearest
 from llm_pruner.importance import Criterion, score
 from llm_pruner.importance.boundary_pass import ACTIVATIONS, TOKENS, as_in
 from llm_pruner.models.activation_store import ActivationStore, HiddenStates
+from llm_pruner.models.blockwise import NotBlockwise, find_chain
 from llm_pruner.models.forward import Decoder, embedding_rows, is_on_meta, make_room_, tensor_bytes
 from llm_pruner.models.layers import heaviest_list, own_copy, sharing_copy, without_layers
 from llm_pruner.models.load import check_memory, load, without_values
 from llm_pruner.models.lockstep import runs_in_step
 from llm_pruner.models.stored import stored_at, stored_size
+from llm_pruner.models.streaming import stream_
 from llm_pruner.recovery.repair import TRAINED_BYTES
 from llm_pruner.runtime.memory import free_bytes, give_back
 from llm_pruner.runtime.precision import fast_matmul, mixed_precision, multiplies_bfloat16
@@ -178,9 +180,26 @@ class _Forecaster:
         in_blocks = stored is None or stored[0] is not None
         self.resident = self.run.stays(self.room)
         self.streamed = in_blocks and self.bytes > self.resident
+        if self.streamed and self.bytes <= self.room and not self._goes_by_block():
+            self.resident, self.streamed = self.room, False
         self.removed, self.rounds = self._removed(), settings.steps
         self.refitted = 0  # bytes of the new weights, beside the old ones until all are judged
         self._read_text()
+
+    def _goes_by_block(self) -> bool:
+        """Whether a stand-in's weights can be read for their turn; else a run starts over with all
+        of them in memory."""
+        if not is_on_meta(self.model):
+            return True
+        model = self._stand_in(min(2, self._count()), VOCABULARY, "cpu", self.loaded.stored_dtype)
+        _fill_(model)
+        try:
+            stream_(model, self.model.dtype)
+            if self.run.plan is None and self.run.criterion.reads_text:
+                find_chain(model.requires_grad_(False), _tokens(1, 8, VOCABULARY), {})
+        except (NeedsMemory, NotBlockwise):
+            return False
+        return True
 
     def _removed(self) -> float:
         """Return the share of the blocks that goes, about."""
@@ -377,8 +396,11 @@ class _Forecaster:
         target = planning.Target(params=goal, loose=True)
         return planning.allocate(discovery, scores, selection, target, numbering)
 
-    def _stand_in(self, blocks: int, vocabulary: int | None, device: str) -> Any:
-        """Return a model of the first blocks, without values on ``meta``."""
+    def _stand_in(
+        self, blocks: int, vocabulary: int | None, device: str, dtype: torch.dtype | None = None
+    ) -> Any:
+        """Return a model of the first blocks, without values on ``meta``, in that of computation if
+        no other type is named."""
         short: Any = without_layers(self.model, self.path, range(blocks, self._count()))
         if not is_on_meta(self.model):
             return own_copy(short)  # sizes that no config says: it has its weights
@@ -388,7 +410,7 @@ class _Forecaster:
             for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
                 setattr(text, name, None)
         trusts = self.settings.trust_remote_code
-        return without_values(short.config, self.model.dtype, trusts, device).eval()
+        return without_values(short.config, dtype or self.model.dtype, trusts, device).eval()
 
     def _count(self) -> int:
         return len(self.model.get_submodule(self.path))
