@@ -38,8 +38,12 @@ def read_tokenizer(source: str, shared: dict[str, Any]) -> PreTrainedTokenizerBa
     rebuilt = isinstance(tokenizer, PreTrainedTokenizerFast) and _is_of_transformers(tokenizer)
     if not rebuilt or type(tokenizer) is PreTrainedTokenizerFast:
         return tokenizer
-    how: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
-    if cached_file(source, _FILE, revision=shared.get("revision"), **how) is None:
+    how: dict[str, Any] = {
+        "revision": shared.get("revision"),
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    if cached_file(source, _FILE, **how) is None:
         return tokenizer
     stated = PreTrainedTokenizerFast.from_pretrained(source, **shared)
     ids = [one(_PROBE, add_special_tokens=False)["input_ids"] for one in (tokenizer, stated)]
