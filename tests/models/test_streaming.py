@@ -149,7 +149,7 @@ def test_new_weights_and_the_folder_may_be_too_much_for_a_disk(
         (3 * size, "balanced", 1000),
         (0, "paper", 1000),
     ):
-        monkeypatch.setattr("llm_pruner.commands.prune.free_on_disk", lambda free=free: free)
+        monkeypatch.setattr("llm_pruner.commands.prune_start.free_on_disk", lambda free=free: free)
         asked = {"calibration": text, "preset": preset, "ratio": 0.1}
         run = PruneRun(PruneSettings(model=str(model), out=tmp_path / "out", **asked))
         run.check()

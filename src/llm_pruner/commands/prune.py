@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import shlex
 from collections.abc import Callable, Mapping, Set
 from contextlib import closing, suppress
@@ -30,16 +29,16 @@ from llm_pruner.data.calibration import (
     further_text,
     read_calibration,
 )
-from llm_pruner.data.selfmade import LARGE, WRITERS
+from llm_pruner.data.selfmade import WRITERS
 from llm_pruner.data.text import shares_of
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import NeedsMemory, UserError
 from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.evaluation.servers import ServedBy, served_by
 from llm_pruner.files.disk import placed
-from llm_pruner.files.outputs import check_shard_size, nearest, write_output
+from llm_pruner.files.outputs import check_shard_size, write_output
 from llm_pruner.importance import score
-from llm_pruner.models.activation_store import HiddenStates, free_on_disk, scratch_folder
+from llm_pruner.models.activation_store import HiddenStates
 from llm_pruner.models.blockwise import NotBlockwise, find_chain
 from llm_pruner.models.forward import embedding_rows, is_on_meta, undisturbed
 from llm_pruner.models.layers import sharing_copy
@@ -52,7 +51,7 @@ from llm_pruner.report.data import Report, SavedAs
 from llm_pruner.report.records import Pruned, Training
 from llm_pruner.report.write import page_in, write_report, write_request
 from llm_pruner.runtime.memory import give_back, keep_all_blocks
-from llm_pruner.runtime.precision import fast_matmul, mixed_precision, multiplies_bfloat16
+from llm_pruner.runtime.precision import fast_matmul, mixed_precision
 from llm_pruner.runtime.processes import (
     ALONE,
     Processes,
@@ -348,26 +347,14 @@ class PruneRun:
         settings = self.settings
         size = stored_size(settings.model, settings.revision, "auto")
         alone = self.by_block and not self.repairs and self.processes.count == 1
-        if not alone or self.tries_layers or self._writes_slowly(size):
+        if not alone or self.tries_layers:
             return room
-        if size is not None and (size[0] is None or (self.refits and not self._has_room(size[1]))):
+        if self.reads_text and start.writes_slowly(settings, size, self.device):
+            return room
+        held = not self.refits or start.holds_new_weights(settings, size)
+        if not held or (size is not None and size[0] is None):
             return room
         return settings.resident(room, self.device)
-
-    def _writes_slowly(self, size: tuple[int | None, int] | None) -> bool:
-        """Whether a model writes its text and would read all weights, in another type, for each
-        token."""
-        written = not WRITERS.keys().isdisjoint(shares_of(self.settings.calibration))
-        wide = self.settings.dtype in ("auto", "float32")
-        many = size is None or (size[0] or 0) >= LARGE
-        fast = wide and many and multiplies_bfloat16(self.device.partition(":")[0])
-        return written and self.reads_text and not fast
-
-    def _has_room(self, bytes_: int) -> bool:
-        """Whether the disk holds the new weights of a refit, and the folder too if it is there."""
-        out = nearest(self.settings.out)
-        same = os.stat(scratch_folder()).st_dev == os.stat(out).st_dev
-        return bytes_ * (2 if same and not self.settings.dry_run else 1) < free_on_disk()
 
     def narrow(self) -> None:
         """Leave out structures that nobody named and that cannot go."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_pruner import planning
+from llm_pruner.data.selfmade import LARGE, WRITERS
 from llm_pruner.data.text import shares_of
 from llm_pruner.errors import UserError
 from llm_pruner.files import outputs
@@ -18,6 +19,7 @@ from llm_pruner.models.activation_store import free_on_disk, scratch_folder
 from llm_pruner.models.stored import stored_size
 from llm_pruner.planning import Selection, Target
 from llm_pruner.report.text import megabytes
+from llm_pruner.runtime.precision import multiplies_bfloat16
 from llm_pruner.settings.common import CalibrationSettings, ModelSettings, OutputSettings
 from llm_pruner.settings.prune import AMOUNTS, READ_BY, PruneSettings
 from llm_pruner.types import Discovery
@@ -236,6 +238,31 @@ def check_space(
             f"{out} needs about {megabytes(needed)} for weights{kind}, and the disk of "
             f"{outputs.nearest(out)} has {megabytes(free)} free; free some, or give another --out"
         )
+
+
+def writes_slowly(
+    settings: PruneSettings, size: tuple[int | None, int] | None, device: str
+) -> bool:
+    """Whether a model writes text and would read all weights, in another type, for each token.
+
+    Args:
+        size: its parameters and bytes, of `stored_size`.
+    """
+    written = not WRITERS.keys().isdisjoint(shares_of(settings.calibration))
+    wide = settings.dtype in ("auto", "float32")
+    many = size is None or (size[0] or 0) >= LARGE
+    return written and not (wide and many and multiplies_bfloat16(device.partition(":")[0]))
+
+
+def holds_new_weights(settings: PruneSettings, size: tuple[int | None, int] | None) -> bool:
+    """Whether the disk has room for the new weights of a refit, beside the folder if that is there.
+
+    Args:
+        size: as for `writes_slowly`.
+    """
+    same = os.stat(scratch_folder()).st_dev == os.stat(outputs.nearest(settings.out)).st_dev
+    times = 2 if same and not settings.dry_run else 1
+    return size is None or times * size[1] < free_on_disk()
 
 
 def share_kept(target: Target | None, parameters: int | None) -> float:
