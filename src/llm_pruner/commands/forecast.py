@@ -285,7 +285,8 @@ class _Forecaster:
                 more = max(0.0, deep[job].seconds - each) / (deeper - 1)
                 each = min(more, deep[job].seconds / deeper)  # what is more is but chance
                 held = max(0, deep[job].bytes - one.bytes) * (count - 1) // (deeper - 1)
-            held = min(held, ACTIVATIONS) if job == "estimate" else 0
+            # Blocks that are read in turn are run again: no activations of others are held then.
+            held = min(held, ACTIVATIONS) if job == "estimate" and not self.streamed else 0
             self.jobs[job] = Taken(once.seconds + each * (count - 1), once.bytes + held)
         give_back()
         self.process = psutil.Process().memory_info().rss
@@ -495,7 +496,10 @@ class _Forecaster:
         as_stored = multiplies_bfloat16() and self.loaded.stored_dtype == torch.bfloat16
         seconds += (wide + narrow) * self.in_blocks / self.read
         seconds += (wide if as_stored else wide + narrow) * self.in_blocks / self.widen
-        self.stages[stage] = Taken(seconds, self.process + self.weights + more)
+        weights = self.weights
+        if self.streamed and as_stored and narrow and not wide:  # a head is multiplied as it lies
+            weights = weights * self.loaded.stored_dtype.itemsize // self.width
+        self.stages[stage] = Taken(seconds, self.process + weights + more)
 
     def _of(self, job: str, times: float = 1.0) -> float:
         return times * self.jobs[job].seconds
@@ -592,7 +596,7 @@ class _Forecaster:
         stored = self.loaded.stored_dtype.itemsize if settings.dtype == "auto" else self.width
         self.saved = self.kept * stored
         shard = min(self.saved, bytes_of(settings.max_shard_size), bytes_of(SHARD))
-        more = shard if self.streamed else self.kept * self.width - self.weights
+        more = (shard if self.streamed else self.kept * self.width) - self.weights
         self._book("save", self.saved / self.write, more, wide=1)
         if settings.verify and self.total <= RELOAD_LIMIT:
             # What was just written is in memory: reading it takes no longer than writing did.
