@@ -10,21 +10,23 @@ small that nothing but the blocks costs, the model of L blocks takes
 with n samples of text in place of s. Discovery and the check against the twin read no text: n = s.
 A refit is carried out on one block with all of the text, and takes L times as long. Files are read,
 widened and written at the rates of this very weight file and disk. Of a streamed model, each pass
-reads the bytes of all blocks, and widens them unless it multiplies in their own type.
+reads the bytes of all blocks; its stand-ins have theirs in the type of the files, and in their turn
+alone in that of computation.
 
     bytes = process + weights + copies + rise
 
 ``process`` is what this process holds when all that is done; ``weights`` in the type of computation
-(of a streamed model the head and one or two blocks); ``copies`` what is made of the
-weights: the file's mapped pages while they are loaded, the model that writes text, from the first
-trial on what is kept of every block; ``rise`` by how much the job's memory rose on the stand-in:
-activations of a block, logits.
+(of a streamed model none: what it reads in turn is part of the ``rise``); ``copies`` what is made
+of the weights: the file's mapped pages while they are loaded, the model that writes text, from the
+first trial on what is kept of every block; ``rise`` by how much the job's memory rose on the
+stand-in: activations of a block, logits.
 
 What nobody can know before: how many trials the split takes, and what else the machine will do.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import tempfile
@@ -191,10 +193,8 @@ class _Forecaster:
         of them in memory."""
         if not is_on_meta(self.model):
             return True
-        model = self._stand_in(min(2, self._count()), VOCABULARY, "cpu", self.loaded.stored_dtype)
-        _fill_(model)
         try:
-            stream_(model, self.model.dtype)
+            model = self._weighted(min(2, self._count()), VOCABULARY)
             if self.run.plan is None and self.run.criterion.reads_text:
                 find_chain(model.requires_grad_(False), _tokens(1, 8, VOCABULARY), {})
         except (NeedsMemory, NotBlockwise):
@@ -288,7 +288,7 @@ class _Forecaster:
             # Blocks that are read in turn are run again: no activations of others are held then.
             held = min(held, ACTIVATIONS) if job == "estimate" and not self.streamed else 0
             self.jobs[job] = Taken(once.seconds + each * (count - 1), once.bytes + held)
-        give_back()
+        _give_back()
         self.process = psutil.Process().memory_info().rss
 
     def _fitting(self) -> int:
@@ -319,12 +319,12 @@ class _Forecaster:
         if run.weightless:
             return found
         discovery = self._at_length(discovery)
-        model = self._stand_in(blocks, vocabulary, "cpu")
-        _fill_(model)
+        model = self._weighted(blocks, vocabulary)
         rows = embedding_rows(model)
         ids = _tokens(self.batch, self.length, rows)
         if self.reads and self.writes:
-            found["token"] = self._token(model, rows)
+            short = self._filled(blocks, vocabulary, torch.bfloat16) if self._copies() else model
+            found["token"] = self._token(short, rows)
         removal = self._plan(model, discovery, ids, found)
         if run.splits or run.tries_layers:
             with mixed_precision(model):
@@ -413,6 +413,20 @@ class _Forecaster:
         trusts = self.settings.trust_remote_code
         return without_values(short.config, dtype or self.model.dtype, trusts, device).eval()
 
+    def _filled(self, blocks: int, vocabulary: int | None, dtype: torch.dtype | None) -> Any:
+        """Return a stand-in with weights."""
+        model = self._stand_in(blocks, vocabulary, "cpu", dtype)
+        _fill_(model)
+        return model if dtype is None else model.to(dtype)
+
+    def _weighted(self, blocks: int, vocabulary: int | None) -> Any:
+        """Return a stand-in whose weights are read as those of the run are."""
+        if not self.streamed:
+            return self._filled(blocks, vocabulary, None)
+        model = self._filled(blocks, vocabulary, self.loaded.stored_dtype)
+        stream_(model, self.model.dtype)
+        return model
+
     def _count(self) -> int:
         return len(self.model.get_submodule(self.path))
 
@@ -427,8 +441,6 @@ class _Forecaster:
 
     def _token(self, model: Any, rows: int) -> Taken:
         """Return what one more token of each text takes, behind half of them."""
-        if self._writes_bfloat16():
-            model = own_copy(model).to(torch.bfloat16)
         half = max(1, min(self.length, PIECE) // 2)
         ids = _tokens(self.texts, half, rows)
         uniform = torch.full((self.texts,), 0.5, dtype=torch.float64)
@@ -444,7 +456,8 @@ class _Forecaster:
         taken, _ = _taken(write)
         return Taken(taken.seconds / STEPS, taken.bytes + tensor_bytes(decoder.cache))
 
-    def _writes_bfloat16(self) -> bool:
+    def _copies(self) -> bool:
+        """Whether a copy of the model in bfloat16 writes the text."""
         fits = not self.streamed or 2 * self.total <= self.room
         wide = self.model.dtype == torch.float32
         return wide and multiplies_bfloat16() and self.total >= LARGE and fits
@@ -457,14 +470,16 @@ class _Forecaster:
         self.width = self.bytes // self.total
         kept_blocks = int((1 - self.removed) * self.blocks)
         self.kept = self.total - self.blocks + kept_blocks
-        # The cut makes more of weights in memory; a streamed model has blocks beside them.
-        self.weights, self.cut, self.block = self.bytes, kept_blocks * self.width, 0
-        self.in_blocks = 0.0
+        # The cut makes more of weights in memory.
+        self.weights, self.cut = self.bytes, kept_blocks * self.width
+        self.in_blocks, found = 0.0, 0
         if self.streamed:
             blocks = {id(one) for one in self.model.get_submodule(self.path).parameters()}
             ends = (one for one in self.model.parameters() if id(one) not in blocks)
-            self.weights, self.cut = max((one.numel() for one in ends), default=0) * self.width, 0
-            self.block = self.blocks * self.width // self._count()
+            # What is read in turn is among what the stand-ins took; discovery's has no weights.
+            self.weights = self.cut = 0
+            found = self.width * max((one.numel() for one in ends), default=0)
+            found += self.blocks * self.width // self._count()
             self.in_blocks = self.file_bytes * self.blocks / self.total
         read = self.file_bytes - self.in_blocks
         if run.weightless:
@@ -475,8 +490,8 @@ class _Forecaster:
         self._book("load", fixed + read / self.read + read / self.widen, mapped)
         # That the model is a chain of blocks, as a refit needs it, is seen in two passes.
         passes = 2 * (run.refits and not run.weightless)
-        seconds, more = self._of("discover", self.rounds), self.block + self._rise("discover")
-        self._book("discover", seconds, more, wide=passes)
+        seconds = self._of("discover", self.rounds) + passes * self.in_blocks / self.widen
+        self._book("discover", seconds, found + self._rise("discover"), passes)
         self.saved = 0
         if not run.weightless:
             self._book_text()
@@ -485,21 +500,14 @@ class _Forecaster:
                 self._book_cut()
                 self._book_save()
 
-    def _book(self, stage: str, seconds: float, more: int, wide: int = 0, narrow: int = 0) -> None:
-        """Book a stage and its passes over a streamed model's blocks.
+    def _book(self, stage: str, seconds: float, more: int, passes: int = 0) -> None:
+        """Book a stage and in how many passes it reads a streamed model's blocks.
 
         Args:
             more: bytes beside the weights.
-            wide: passes in float32.
-            narrow: passes that multiply as in training.
         """
-        as_stored = multiplies_bfloat16() and self.loaded.stored_dtype == torch.bfloat16
-        seconds += (wide + narrow) * self.in_blocks / self.read
-        seconds += (wide if as_stored else wide + narrow) * self.in_blocks / self.widen
-        weights = self.weights
-        if self.streamed and as_stored and narrow and not wide:  # a head is multiplied as it lies
-            weights = weights * self.loaded.stored_dtype.itemsize // self.width
-        self.stages[stage] = Taken(seconds, self.process + weights + more)
+        seconds += passes * self.in_blocks / self.read
+        self.stages[stage] = Taken(seconds, self.process + self.weights + more)
 
     def _of(self, job: str, times: float = 1.0) -> float:
         return times * self.jobs[job].seconds
@@ -509,12 +517,12 @@ class _Forecaster:
 
     def _book_text(self) -> None:
         if self.reads and self.writes:
-            copied = self.total * 2 if self._writes_bfloat16() else 0
+            copied = self.total * 2 if self._copies() else 0
             tokens = self._steps_of_text()
             seconds = self._of("token", tokens)
             seconds += _words_seconds(self.loaded.tokenizer, self.model)
-            more = copied + self.block + self._rise("token")
-            self._book("calibration text", seconds, more, wide=0 if copied else tokens)
+            more = copied + self._rise("token")
+            self._book("calibration text", seconds, more, 0 if copied else tokens)
         elif self.reads:
             self._book("calibration text", self.stages.pop("calibration text").seconds, 0)
 
@@ -539,11 +547,11 @@ class _Forecaster:
         run, rounds = self.run, self.rounds
         if run.plan is None:
             times = rounds * (self.scored / self.batch if run.criterion.reads_text else 1)
-            more = self.block + self._rise("estimate")
+            more = self._rise("estimate")
             # Two of four see that the model is a chain; a refit has seen it, but of no gradients.
             known = run.refits and run.criterion.name != "taylor"
             passes = 4 * rounds - 2 * known
-            self._book("estimate", self._of("estimate", times), more, narrow=passes)
+            self._book("estimate", self._of("estimate", times), more, passes)
         if run.splits:
             self._book_splits()
         if run.tries_layers:
@@ -555,7 +563,7 @@ class _Forecaster:
             count = runs_in_step(self.model, parts[0].numel())
             times = 4 + math.ceil(trials * len(parts) / count)
             more = self.cut + self._dense_logits() + self._rise("trial")
-            self._book("layer trials", seconds, self.block + more, narrow=times)
+            self._book("layer trials", seconds, more, times)
 
     def _book_splits(self) -> None:
         run = self.run
@@ -571,20 +579,20 @@ class _Forecaster:
             jobs.append("trial refit")
         more = self.cut + self._dense_logits() + self._rise(*jobs)
         more += self.refitted if refitted else 0
-        self._book("trials", seconds, more, narrow=1 + trials + 3 * refitted)
+        self._book("trials", seconds, more, 1 + trials + 3 * refitted)
 
     def _dense_logits(self) -> int:
         return 2 * self.held_out * self.length * embedding_rows(self.model)
 
     def _book_cut(self) -> None:
         """Book the cut, its check, the refit and the repair."""
-        settings, rounds, around = self.settings, self.rounds, self.cut + 2 * self.block
+        settings, rounds = self.settings, self.rounds
         stage = "verify" if settings.verify else "cut"
-        more, passes = around + self._rise("verify"), 2 * rounds * settings.verify
-        self._book(stage, self._of("verify", rounds), more, wide=passes)
+        more, passes = self.cut + self._rise("verify"), 2 * rounds * settings.verify
+        self._book(stage, self._of("verify", rounds), more, passes)
         if self.run.refits:
-            more = around + self.refitted + self._rise("refit")
-            self._book("least squares", self._of("refit", rounds), more, narrow=5 * rounds)
+            more = self.cut + self.refitted + self._rise("refit")
+            self._book("least squares", self._of("refit", rounds), more, 5 * rounds)
         if self.run.repairs and not self.streamed:
             trained = TRAINED_BYTES * self.kept
             fits = trained < free_bytes("cpu") - self.weights
@@ -596,8 +604,8 @@ class _Forecaster:
         stored = self.loaded.stored_dtype.itemsize if settings.dtype == "auto" else self.width
         self.saved = self.kept * stored
         shard = min(self.saved, bytes_of(settings.max_shard_size), bytes_of(SHARD))
-        more = (shard if self.streamed else self.kept * self.width) - self.weights
-        self._book("save", self.saved / self.write, more, wide=1)
+        more = shard if self.streamed else self.kept * self.width - self.weights
+        self._book("save", self.saved / self.write, more, 1)
         if settings.verify and self.total <= RELOAD_LIMIT:
             # What was just written is in memory: reading it takes no longer than writing did.
             seconds = self._of("reload") + self.saved / self.write
@@ -605,16 +613,22 @@ class _Forecaster:
             # Models in a shorter type are compared in float32, one after the other.
             wider = 4 * self.kept if stored < 4 else 0
             more = again if self.streamed else self.saved + again + wider - self.weights
-            self._book("reload", seconds, more + self._rise("reload"), narrow=4)
+            self._book("reload", seconds, more + self._rise("reload"), 4)
 
 
 def _tokens(samples: int, length: int, rows: int) -> torch.Tensor:
     return torch.arange(samples * length).mul(7).remainder(rows).view(samples, length)
 
 
+def _give_back() -> None:
+    """Give back what stand-ins held, too, of which blocks that are read in turn know themselves."""
+    gc.collect()
+    give_back()
+
+
 def _taken(job: Callable[[], T]) -> tuple[Taken, T]:
     """Do a job; return what it took, and its result."""
-    give_back()
+    _give_back()
     process = psutil.Process()
     before = most = process.memory_info().rss
     done = threading.Event()
@@ -676,7 +690,8 @@ def _read_rates(settings: PruneSettings, written: float) -> tuple[float, float]:
                 if bytes_ >= SAMPLE:
                     break
                 begin = time.perf_counter()
-                tensor = tensors.get_tensor(name).clone()
+                tensor = tensors.get_tensor(name)
+                tensor.flatten().view(torch.uint8).max()  # reads all of it and makes nothing
                 middle = time.perf_counter()
                 tensor.to(kind, copy=True)
                 read, widened = read + middle - begin, widened + time.perf_counter() - middle
