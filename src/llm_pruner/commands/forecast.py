@@ -52,7 +52,14 @@ from llm_pruner.commands.refitting import fitted_and_judged, text_to_refit
 from llm_pruner.compensation import refit_
 from llm_pruner.compensation.least_squares import RIDGES
 from llm_pruner.data.calibration import read_calibration
-from llm_pruner.data.selfmade import LARGE, PIECE, TEXTS, WRITERS, draw_tokens, words_of
+from llm_pruner.data.selfmade import (
+    PIECE,
+    TEXTS,
+    WRITERS,
+    draw_tokens,
+    faster_in_bfloat16,
+    words_of,
+)
 from llm_pruner.data.selfmade import TOKENS as WRITTEN
 from llm_pruner.data.sequences import added_tokens
 from llm_pruner.data.text import CHAT, shares_of
@@ -73,7 +80,7 @@ from llm_pruner.models.stored import stored_at, stored_size
 from llm_pruner.models.streaming import stream_
 from llm_pruner.recovery.repair import TRAINED_BYTES
 from llm_pruner.runtime.memory import free_bytes, give_back
-from llm_pruner.runtime.precision import fast_matmul, mixed_precision, multiplies_bfloat16
+from llm_pruner.runtime.precision import fast_matmul, mixed_precision
 from llm_pruner.runtime.progress import Clock
 from llm_pruner.search.divergence import DivergenceMeter, in_parts
 from llm_pruner.search.layer_trials import LEVELS, judged
@@ -459,8 +466,7 @@ class _Forecaster:
     def _copies(self) -> bool:
         """Whether a copy of the model in bfloat16 writes the text."""
         fits = not self.streamed or 2 * self.total <= self.room
-        wide = self.model.dtype == torch.float32
-        return wide and multiplies_bfloat16() and self.total >= LARGE and fits
+        return fits and faster_in_bfloat16(self.total, self.model.dtype, "cpu")
 
     # ------------------------------------------------------------------------- what follows of it
 

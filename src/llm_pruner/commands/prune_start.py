@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llm_pruner import planning
-from llm_pruner.data.selfmade import LARGE, WRITERS
+from llm_pruner.data.selfmade import LARGE, WRITERS, faster_in_bfloat16
 from llm_pruner.data.text import shares_of
 from llm_pruner.errors import UserError
 from llm_pruner.files import outputs
@@ -19,7 +21,6 @@ from llm_pruner.models.activation_store import free_on_disk, scratch_folder
 from llm_pruner.models.stored import stored_size
 from llm_pruner.planning import Selection, Target
 from llm_pruner.report.text import megabytes
-from llm_pruner.runtime.precision import multiplies_bfloat16
 from llm_pruner.settings.common import CalibrationSettings, ModelSettings, OutputSettings
 from llm_pruner.settings.prune import AMOUNTS, READ_BY, PruneSettings
 from llm_pruner.types import Discovery
@@ -249,9 +250,9 @@ def writes_slowly(
         size: its parameters and bytes, of `stored_size`.
     """
     written = not WRITERS.keys().isdisjoint(shares_of(settings.calibration))
-    wide = settings.dtype in ("auto", "float32")
-    many = size is None or (size[0] or 0) >= LARGE
-    return written and not (wide and many and multiplies_bfloat16(device.partition(":")[0]))
+    kind: torch.dtype = getattr(torch, settings.computing().dtype)
+    parameters = LARGE if size is None else size[0] or 0
+    return written and not faster_in_bfloat16(parameters, kind, device)
 
 
 def holds_new_weights(settings: PruneSettings, size: tuple[int | None, int] | None) -> bool:

@@ -182,6 +182,12 @@ def write_chats(
     return chats.reshape(-1, seq_len)[:samples].contiguous()
 
 
+def faster_in_bfloat16(parameters: int, dtype: torch.dtype, device: str) -> bool:
+    """Whether a copy in bfloat16 writes faster than a model that computes in a type, so large."""
+    wide = dtype == torch.float32
+    return wide and parameters >= LARGE and multiplies_bfloat16(device)
+
+
 def _fast(model: Any) -> Any:
     """Return a copy whose weights are bfloat16, where the processor multiplies those faster.
 
@@ -193,8 +199,7 @@ def _fast(model: Any) -> Any:
     count, device = sum(one.numel() for one in weights), weights[0].device
     if (
         any(one.dtype != torch.float32 for one in weights)
-        or not multiplies_bfloat16(device.type)
-        or count < LARGE
+        or not faster_in_bfloat16(count, torch.float32, device.type)
         or (is_model_streamed(model) and 2 * count > room_for(model))
         or (device.type == "cuda" and 2 * count > free_bytes(str(device)))
     ):

@@ -359,8 +359,8 @@ class _BlockPass:
             self._take_positions(self.stride)
             holds = self._holds()
             # Where the loss may have to be taken at all positions, blocks may be run again.
-            held = holds and collector.keep is None and self.stride == 1
-            first = self.count if held else 0
+            last_alone = holds and collector.keep is None and self.stride == 1
+            first = self.count if last_alone else 0
             states = ActivationStore(range(first, self.count + 1), samples, MEMORY // 4)
             with (
                 closing(ActivationStore(range(1), samples, MEMORY * 3 // 4)) as self.gradients,
