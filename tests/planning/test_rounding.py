@@ -91,6 +91,21 @@ def test_a_model_that_does_not_divide_is_refused() -> None:
         rounded("tp8", intermediate_size=1536)  # which would have each of the 4 twice
 
 
+@pytest.mark.parametrize(("shared_by", "name"), [(7, "query_heads"), (1, "heads")])
+def test_query_heads_divide_whichever_structures_are_pruned(shared_by: int, name: str) -> None:
+    sizes = {"hidden_size": 112, "num_attention_heads": 4 * shared_by, "num_key_value_heads": 4}
+    discovery = found(**sizes, intermediate_size=1536)
+    assert rounded_for("tp4", discovery, Selection(("ffn",))).round_to == 4
+    refused = rf"layers\.0\.{name} has {4 * shared_by} units, which do not divide by 8"
+    with pytest.raises(UserError, match=refused):
+        rounded_for("tp8", discovery, Selection(("ffn",)))
+
+
+def test_key_value_heads_may_be_fewer_than_the_devices() -> None:
+    selection = rounded_for("tp8", found(intermediate_size=1536), Selection(("ffn",)))
+    assert selection.round_to == 8  # 8 query heads, and each of the 4 that they share twice
+
+
 @pytest.mark.parametrize("given", ["auto", "blocks", "gguf", "gptq", "marlin", "tp4", "32"])
 def test_names_and_numbers(given: str) -> None:
     settings = PruneSettings(model="m", out="o", ratio=0.2, round_to=given)

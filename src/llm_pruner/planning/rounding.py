@@ -89,11 +89,17 @@ def _heads_to(group: Group, multiple: int) -> int:
 def undivided(groups: Sequence[Group], devices: int) -> Group | None:
     """Return the first group of FFN channels, or else of heads, that devices cannot share evenly.
 
-    Servers copy heads that are fewer than the devices, if their number divides that of the devices.
+    Servers copy key-value heads that are fewer than the devices, if their number divides that of
+    the devices. Query heads they do not copy, nor heads that are both.
     """
-    uneven = [group for group in groups if group.size % devices]
+    shared = {group.owner for group in groups if group.kind == "query_heads"}
+    uneven = [
+        group
+        for group in groups
+        if group.size % devices and (group.name not in shared or devices % group.size)
+    ]
     channels = [group for group in uneven if group.kind == "ffn"]
-    heads = [group for group in uneven if group.kind == "heads" and devices % group.size]
+    heads = [group for group in uneven if group.kind in ("heads", "query_heads")]
     return next(iter(channels + heads), None)
 
 
