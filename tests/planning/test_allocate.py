@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -234,6 +235,19 @@ def test_global_unit_ratio_is_per_kind():
             ("heads", "ffn")}  # fmt: skip
     assert lost == {"heads": 4, "ffn": 64}
     assert len(removal["layers.2.ffn"]) == 63
+
+
+def test_global_unit_ratio_may_leave_layers_whole():
+    discovery = fake_llama(5, kv_heads=3)
+    selection, target = Selection(("heads",), scope="global"), Target(unit_ratio=0.2)
+    check_reachable(discovery, selection, target)
+    removal = allocate(discovery, fake_scores(discovery), selection, target)
+    assert sum(map(len, removal.values())) == 3
+    message = r"0 of 15 heads in layers\.0\.heads to layers\.4\.heads; use at least 0\.067"
+    for refuse in (check_reachable, partial(allocate, scores=fake_scores(discovery))):
+        with pytest.raises(UserError, match=message):
+            refuse(discovery, selection=selection, target=Target(unit_ratio=0.05))
+    assert allocate(discovery, fake_scores(discovery), selection, Target(unit_ratio=0.067))
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])

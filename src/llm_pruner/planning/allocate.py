@@ -66,8 +66,9 @@ def allocate(
         cost: what the target counts; None for parameters. Needed for ``kv_cache``.
 
     Raises:
-        UserError: a target that cannot be reached (naming the nearest that can), a group that
-            would lose nothing under a unit ratio, or what `choose_groups` refuses.
+        UserError: a target that cannot be reached (naming the nearest that can), a group (with
+            one ranking, a structure) that would lose nothing under a unit ratio, or what
+            `choose_groups` refuses.
         PlanError: a breach of the rules that `planning.constraints.check` lists.
     """
     numbering = numbering or Numbering.dense(discovery)
@@ -134,8 +135,8 @@ def check_reachable(
         cost = cost or _parameters(discovery, numbering, target)
         _check_shares(_begin_search(candidates, cost, target), selection, target)
         return
-    for one in candidates.all:
-        _refuse_nothing(one, exact(target.unit_ratio), target)
+    for same in candidates.by_kind().values():
+        _refuse_nothing(same, exact(target.unit_ratio), target)
 
 
 def _refuse_split(selection: Selection, target: Target) -> None:
@@ -208,16 +209,17 @@ def _unit_steps(
 ) -> dict[str, int]:
     assert target.unit_ratio is not None
     ratio = exact(target.unit_ratio)
+    local, kinds = selection.scope == "local", [*candidates.by_kind().values()]
     if not target.loose:
-        for one in candidates.all:
-            _refuse_nothing(one, ratio, target)
-    if selection.scope == "local":
+        for same in [[one] for one in candidates.all] if local else kinds:
+            _refuse_nothing(same, ratio, target)
+    if local:
         return {
             one.group.name: one.nearest(int(one.dense * ratio) - one.gone) for one in candidates.all
         }
     prices = step_prices(candidates, cost)
     steps: dict[str, int] = {}
-    for same in candidates.by_kind().values():
+    for same in kinds:
         quota = int(sum(one.dense for one in same) * ratio) - sum(one.gone for one in same)
         queue = make_queue([[one] for one in same], prices, partial(density, prices=prices))
         places = [0] * len(same)
@@ -232,19 +234,26 @@ def _unit_steps(
     return steps
 
 
-def _refuse_nothing(one: Candidates, ratio: Fraction, target: Target) -> None:
-    """Raise if a unit ratio, over all steps, leaves a group whole: the user asked to prune it."""
-    if one.gone or one.nearest(int(one.dense * ratio)):
+def _refuse_nothing(same: Sequence[Candidates], ratio: Fraction, target: Target) -> None:
+    """Raise if a unit ratio, over all steps, leaves whole what the user asked to prune.
+
+    Args:
+        same: a group, or all of one structure whose units share the ratio.
+    """
+    dense = sum(one.dense for one in same)
+    # The coarsest, since importance decides which of them would be the first.
+    step = max((int(one.counts[1]) for one in same if len(one.counts) > 1), default=0)
+    if any(one.gone for one in same) or 0 < step < 2 * int(dense * ratio):
         return
-    group = one.group
-    of = f"{one.dense} {group.kind}" + (" per block" if group.blocks is not None else "")
-    head = f"{target} removes 0 of {of} in {group.name}"
-    if len(one.counts) == 1:
+    group = same[0].group
+    of = f"{dense} {group.kind}" + (" per block" if group.blocks is not None else "")
+    last = f" to {same[-1].group.name}" if len(same) > 1 else ""
+    head = f"{target} removes 0 of {of} in {group.name}{last}"
+    if not step:
         raise UserError(
             f"{head}: nothing can be removed there; choose other layers or leave {group.kind} out"
         )
-    least = int(one.counts[1]) // 2 + 1 if one.counts[1] > 1 else 1
-    share = whole(Fraction(least, one.dense) * 1000) / 1000
+    share = whole(Fraction(step // 2 + 1, dense) * 1000) / 1000
     raise UserError(f"{head}; use at least {share:.3f}, or leave {group.kind} out")
 
 
