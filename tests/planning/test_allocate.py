@@ -400,6 +400,26 @@ def test_coarse_sizes_may_go_beyond_the_spread(ratio, spread):
     assert abs(share(dense, removal) - ratio) <= TOLERANCE
 
 
+@pytest.mark.parametrize("heads", [None, 0.3])
+def test_the_spread_is_that_of_all_steps_together(heads):
+    """Where 60% of the units go, a spread of 2 lets no layer lose more than 80%."""
+    dense = fake_llama(6, ffn=200, kv_heads=40, repeat=1, head_dim=2)
+    split = None if heads is None else {"heads": heads, "ffn": 1 - heads}
+    structures = ("ffn",) if split is None else tuple(split)
+    last = {g.name: units(*range(1, g.size)) for g in dense.groups if g.kind in structures}
+    total = count_parameters(dense)
+    target = Target(params=total - round(0.6 * (total - count_parameters(dense, last))))
+    selection = Selection(structures, scope="global", spread=2, split=split)
+    numbering, left = Numbering.dense(dense), dense
+    for step in step_targets(total, target, 3):
+        scores = fake_scores(left)
+        scores = {n: v / 100 if n.startswith("layers.2.") else v for n, v in scores.items()}
+        numbering = numbering.after(allocate(left, scores, selection, step, numbering))
+        left = fake_pruned(dense, numbering.removal())
+    lost = {n: len(gone) / len(last[n]) for n, gone in numbering.removal().items()}
+    assert max(lost.values()) == pytest.approx(0.8, abs=0.03)
+
+
 def test_survivors_translate_names_and_units():
     dense = fake_llama(8, ffn=10, kv_heads=2, repeat=2)
     numbering = Numbering.dense(dense).after({"layers": units(2, 4), "layers.7.ffn": units(0, 5)})

@@ -341,17 +341,25 @@ def _search(
 
 
 def _capped(search: Search, selection: Selection, spread: float, beyond: int) -> AllCandidates:
-    """Return the candidates without those beyond the selection's ``spread``, but for so many."""
+    """Return the candidates without those beyond the selection's ``spread``, but for so many.
+
+    The spread is that of all steps together.
+    """
     candidates, cost, split = search.candidates, search.cost, selection.split
-    spans = _spans(search)
+    kinds, spans = candidates.by_kind(), _spans(search)
     everywhere = cost.total - cost.left(candidates.removal(candidates.most))
     capped = []
     for one in candidates.all:
         kind = one.group.kind
-        part, span = (1.0, everywhere) if split is None else (split[kind], spans[kind])
-        share = part * (cost.total - search.target) / max(span, 1)
+        part, span, gone = 1.0, float(everywhere), float(cost.dense - cost.total)
+        if split is not None:
+            left = sum(other.counts[-1] for other in kinds[kind])
+            part, span = split[kind], spans[kind]
+            gone = span * sum(other.gone for other in kinds[kind]) / max(left, 1)
+        share = (part * (cost.total - search.target) + gone) / max(span + gone, 1)
         limit = max(share, min(spread * share, 1 - (1 - share) / spread))
-        within = int(np.sum(one.counts <= np.ceil(limit * one.counts[-1])))
+        after = one.gone + one.counts
+        within = max(1, int(np.sum(after <= np.ceil(limit * after[-1]))))
         counts = one.counts[: within + beyond]
         capped.append(replace(one, counts=counts, importance=one.importance[: int(counts[-1])]))
     return replace(candidates, all=tuple(capped))

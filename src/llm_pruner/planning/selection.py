@@ -103,7 +103,7 @@ class Selection:
             in parameters alone.
         spread: with ``global``, no group loses more than this many times the share of its units
             that would be lost if all lost the same, nor keeps less than one in this many of what
-            would be kept; None for no limit.
+            would be kept, all steps together; None for no limit.
         uniform: groups of one structure keep the same number of units in all layers, so that a
             plain config can say the sizes; with ``local`` and without protection or ranges.
     """
