@@ -38,15 +38,15 @@ from llm_pruner.surgery.verify import (
     require_same,
     tolerance,
 )
-from llm_pruner.types import Discovery, Removal
+from llm_pruner.types import Discovery, IntArray, Removal
 from nets import HIDDEN, Body, Net
 from removals import bound_to, pick
 
 
-def sabotaged(discovery: Discovery, name: str) -> Discovery:
+def sabotaged(discovery: Discovery, name: str, order: Any = slice(None, None, -1)) -> Discovery:
     """Return a discovery in which the last member of a group holds the wrong positions."""
     group = discovery.group(name)
-    wrong = replace(group.members[-1], index=group.members[-1].index[::-1])
+    wrong = replace(group.members[-1], index=group.members[-1].index[order])
     changed = replace(group, members=(*group.members[:-1], wrong))
     return replace(
         discovery,
@@ -95,6 +95,25 @@ def test_bound_groups_are_named_together() -> None:
     wrong = sabotaged(discovery, name)
     culprits = find_culprits(model, wrong, removal, discovery.graph.scenes[0])
     assert sorted(culprits) == sorted(bound_to(discovery, discovery.group(name)))
+
+
+def test_query_heads_are_tried_with_the_heads_that_share_them() -> None:
+    model, discovery = discovered("llama")
+    removal: dict[str, IntArray] = {}
+    for layer in range(2):
+        query = discovery.group(f"layers.{layer}.query_heads")
+        assert query.blocks is not None
+        # The first key-value head goes with its query heads, of the others one each.
+        _, first = np.unique(query.blocks, return_index=True)
+        removal |= {query.name: first[1:], f"layers.{layer}.heads": np.array([0])}
+        removal[f"layers.{layer}.ffn"] = np.array([0, 3])
+    with pytest.raises(VerificationError, match=r"at fault: layers\.1\.ffn; nothing"):
+        check(model, removal, sabotaged(discovery, "layers.1.ffn"))
+    shared = discovery.group("layers.0.query_heads").size // discovery.group("layers.0.heads").size
+    another = np.arange(discovery.group("layers.0.query_heads").size).reshape(-1, shared)[:, ::-1]
+    wrong = sabotaged(discovery, "layers.0.query_heads", another.ravel())
+    culprits = find_culprits(model, wrong, removal, discovery.graph.scenes[0])
+    assert sorted(culprits) == ["layers.0.heads", "layers.0.query_heads"]
 
 
 def test_values_that_are_not_finite_never_pass() -> None:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import chain
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from llm_pruner.discovery.tracing.scenes import Scene
-from llm_pruner.errors import UserError, VerificationError
+from llm_pruner.errors import InfeasibleError, UserError, VerificationError
 from llm_pruner.models.forward import is_on_meta, leave_weights_
 from llm_pruner.models.layers import heaviest_list, own_copy, sharing_copy
 from llm_pruner.models.lockstep import Outcome, result_of
@@ -486,27 +487,30 @@ def find_culprits(
 ) -> list[str]:
     """Return the groups that differ from the twin when they are pruned without the others.
 
-    Groups that are bound to each other are tried together. They are halved again and again, and a
-    half that is right is not looked into.
+    Groups that are bound to each other are tried together, and query heads with the heads that
+    share them. They are halved again and again, and a half that is right is not looked into.
     """
     losing = {group.name: group for group in discovery.groups if group.name in removal}
-    bundles: dict[str, tuple[str, ...]] = {}
+    bundles: dict[str, dict[str, Fraction]] = {}
     for name, units in removal.items():
         if len(units):
-            together = tuple(bound_to(name, losing))
-            bundles.setdefault(min(together), together)
+            owner = losing.get(losing[name].owner or "", losing[name])
+            leader = bound_to(owner.name, losing)
+            bundles.setdefault(min(leader), leader).update(bound_to(name, losing))
 
-    def differ(names: Sequence[str]) -> bool:
-        part = {name: removal[name] for name in names}
+    def differ(parts: Sequence[Iterable[str]]) -> bool:
+        part = {name: removal[name] for name in chain.from_iterable(parts)}
         try:
             expected, actual, smaller = _twin_and_copy(model, discovery, part, [scene])
             difference, limit = _compared(expected, actual, smaller, scene)
         except VerificationError:
             return True
+        except InfeasibleError:  # what goes only with others cannot be judged by itself
+            return len(parts) > 1
         return difference > limit
 
-    def among(parts: Sequence[tuple[str, ...]]) -> list[str]:
-        if not parts or not differ([*chain.from_iterable(parts)]):
+    def among(parts: Sequence[Iterable[str]]) -> list[str]:
+        if not parts or not differ(parts):
             return []
         if len(parts) == 1:
             return [*parts[0]]
