@@ -224,6 +224,17 @@ def test_global_ranks_by_importance_per_parameter():
     }
 
 
+def test_layers_of_different_sizes_have_each_its_price():
+    discovery = fake_llama(4, hidden=16, ffn=32)
+    name = "model.layers.2.mlp.up_proj.weight"
+    discovery = replace(discovery, shapes={**discovery.shapes, name: (4096, 16)})
+    scores = fake_scores(discovery) | {"layers": np.array([1.0, 2.0, 5.0, 9.0])}
+    for scope, gone in (("local", units(0, 1, 2)), ("global", units(2))):
+        target = Target(params=count_parameters(discovery, {"layers": gone}))
+        removal = allocate(discovery, scores, Selection(("layers",), scope=scope), target)
+        assert same(removal, {"layers": gone})
+
+
 def test_global_unit_ratio_is_per_kind():
     discovery = fake_llama(4, ffn=64, kv_heads=4)
     scores = fake_scores(discovery)

@@ -14,13 +14,15 @@ from transformers import DynamicCache, Lfm2Config, Lfm2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from command import done, run, save_tiny, write_text
+from fake_discovery import fake_llama
 from families import fresh
 from llm_pruner import Criterion, Selection, Target, allocate, discover, prune_, score
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import count_work
 from llm_pruner.models.load import load_model
-from llm_pruner.planning import Numbering
+from llm_pruner.planning import Cost, Numbering
 from llm_pruner.search.cache_cost import cache_cost
+from llm_pruner.types import Removal
 from nets import attend
 
 
@@ -130,8 +132,24 @@ def test_layers_that_keep_no_cache_have_no_price(scope: Any) -> None:
     scores = {group.name: np.zeros(group.size) for group in discovery.groups}
     scores["layers"] = np.array([1.0, 2.0, 3.0, 4.0])
     removal = allocate(discovery, scores, selection, Target(kv_cache=0.5), cost=cost)
+    assert removal["layers"].tolist() == [1]  # the first, which keeps none, stays
     prune_(model, discovery, removal, verify=False)
     assert cache_of(model) == cost.total // 2
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_heads_that_keep_no_cache_stay(scope: Any) -> None:
+    dense = fake_llama(4)
+    names = [f"layers.{layer}.heads" for layer in range(4)]
+    scores = {group.name: np.zeros(group.size) for group in dense.groups}
+
+    def left(removal: Removal) -> int:
+        return 80 - 10 * sum(len(removal.get(name, ())) for name in names[2:])
+
+    cost, selection = Cost(80, left, 80), Selection(("heads",), scope=scope)
+    removal = allocate(dense, scores, selection, Target(kv_cache=0.5), cost=cost)
+    assert {*removal} <= {*names[2:]}
+    assert left(removal) == 40
 
 
 class TwoAttentions(nn.Module):

@@ -32,9 +32,9 @@ from llm_pruner.planning.match_target import (
     Prices,
     Search,
     density,
+    increment_prices,
     make_queue,
     share_after,
-    step_prices,
 )
 from llm_pruner.planning.numbering import Numbering
 from llm_pruner.planning.selection import Selection, Target, exact
@@ -73,7 +73,7 @@ def allocate(
     """
     numbering = numbering or Numbering.dense(discovery)
     cost = cost or _parameters(discovery, numbering, target)
-    candidates = find_candidates(discovery, scores, selection, numbering)
+    candidates = find_candidates(discovery, scores, selection, numbering, cost)
     selection = _of_those_left(selection, candidates)
     _refuse_split(selection, target)
     if target.unit_ratio is None:
@@ -217,7 +217,7 @@ def _unit_steps(
         return {
             one.group.name: one.nearest(int(one.dense * ratio) - one.gone) for one in candidates.all
         }
-    prices = step_prices(candidates, cost)
+    prices = increment_prices(candidates, cost)
     steps: dict[str, int] = {}
     for same in kinds:
         quota = int(sum(one.dense for one in same) * ratio) - sum(one.gone for one in same)
@@ -283,7 +283,7 @@ def _searched(search: Search, selection: Selection, target: Target) -> dict[str,
     Raises:
         UserError: none do.
     """
-    prices = step_prices(search.candidates, search.cost)
+    prices = increment_prices(search.candidates, search.cost)
     if selection.split is None:
         _search(search, search.candidates.all, prices, selection)
     else:

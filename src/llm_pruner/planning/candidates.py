@@ -23,6 +23,7 @@ from llm_pruner.planning.constraints import (
     removed_layers,
     scores_of,
 )
+from llm_pruner.planning.costs import Cost
 from llm_pruner.planning.numbering import Numbering
 from llm_pruner.planning.selection import Selection, choose_groups, removable_layers
 from llm_pruner.types import Discovery, FloatArray, Group, IntArray, Place, Scores
@@ -107,9 +108,17 @@ class AllCandidates:
 
 
 def find_candidates(
-    discovery: Discovery, scores: Scores, selection: Selection, numbering: Numbering
+    discovery: Discovery,
+    scores: Scores,
+    selection: Selection,
+    numbering: Numbering,
+    cost: Cost | None = None,
 ) -> AllCandidates:
     """Return what the groups that a selection prunes may lose.
+
+    Args:
+        cost: what is to be freed: units that free none of it stay, and where all groups are ranked
+            together, layers go by what they free for their importance. By default all may go.
 
     Raises:
         UserError: importance is missing, no group of a structure can lose anything (because of
@@ -124,11 +133,8 @@ def find_candidates(
         if group.name not in orders:
             orders[group.name] = ascending(group, scores)
             waiting.extend(other for _, other in followers(group, groups))
-    found = AllCandidates(
-        tuple(_candidates(group, groups, orders, scores, selection, numbering) for group in chosen),
-        groups,
-        orders,
-    )
+    asked = (groups, orders, scores, selection, numbering, cost)
+    found = AllCandidates(tuple(_candidates(group, *asked) for group in chosen), groups, orders)
     for same in found.by_kind().values():
         # In a later step, a group that has nothing left to lose has done its part.
         if all(len(one.counts) == 1 and not one.gone for one in same):
@@ -175,6 +181,7 @@ def _candidates(
     scores: Scores,
     selection: Selection,
     numbering: Numbering,
+    cost: Cost | None,
 ) -> Candidates:
     units = orders[group.name]
     dense_group = numbering.groups[numbering.names[group.name]]
@@ -187,13 +194,16 @@ def _candidates(
         gone, limit = dense - most, most - 1
     elif group.kind == "layers":
         removable = removable_layers(dense_group, selection, numbering)
-        free = units[np.isin(numbering.kept[dense_group.name][units], removable)]
+        left = units[np.isin(numbering.kept[dense_group.name][units], removable)]
+        free = left if cost is None else _worth(group, left, scores, selection, cost)
         order, dense = {-1: free}, len(removable)
-        gone, limit = dense - len(free), min(len(free), group.size - 1)
+        gone, limit = dense - len(left), min(len(free), group.size - 1)
     else:
         order = {-1: units}
         dense, limit = dense_group.size, group.size - group.least
         gone = dense - group.size
+    if cost is not None and not cost.freed(group.name, order[min(order)][:1]).any():
+        limit = 0
     counts = _allowed(group, groups, selection, limit)
     importance = np.sum(
         [scores_of(group, scores)[part[: counts[-1]]] for part in order.values()], axis=0
@@ -203,6 +213,17 @@ def _candidates(
         values = scores_of(other, scores)[orders[other.name]]
         importance = importance + np.array([values[a:b].sum() for a, b in pairwise(ends)])
     return Candidates(group, order, counts, dense, gone, importance)
+
+
+def _worth(
+    group: Group, units: IntArray, scores: Scores, selection: Selection, cost: Cost
+) -> IntArray:
+    """Return the layers that free some of a cost, in the order in which they go."""
+    freed = cost.freed(group.name, units)
+    units, freed = units[freed > 0], freed[freed > 0]
+    if selection.scope == "local":
+        return units
+    return units[np.argsort(scores_of(group, scores)[units] / freed, kind="stable")]
 
 
 def _allowed(

@@ -37,6 +37,11 @@ class Cost:
         counter = ParameterCounter(discovery)
         return cls(counter.total, counter.count, dense)
 
+    def freed(self, name: str, units: IntArray) -> IntArray:
+        """Return how much each of some units of a group frees if it goes alone, shape (units,)."""
+        left = [self.left({name: unit}) for unit in units.reshape(-1, 1)]
+        return self.total - np.array(left, dtype=np.int64)
+
 
 class ParameterCounter:
     """Counts the parameters that removals leave, tied weights once.

@@ -162,18 +162,22 @@ def _steps(queue: Queue, held: Mapping[int, int], taken: IntArray) -> dict[str, 
     }
 
 
-Prices = Mapping[str, int]
-"""Group name -> how much of a cost one step of it removes from the unpruned model."""
+Prices = Mapping[str, IntArray]
+"""Group name -> how much of a cost each increment removes from the unpruned model."""
 
 
-def step_prices(candidates: AllCandidates, cost: Cost) -> Prices:
-    """Return what one step of each group removes."""
-    prices: dict[str, int] = {}
+def increment_prices(candidates: AllCandidates, cost: Cost) -> Prices:
+    """Return what each increment of each group removes, if it goes alone."""
+    prices: dict[str, IntArray] = {}
     for one in candidates.all:
-        # The smallest removal, since companions may forbid a single step.
-        step = int(one.counts[1]) if len(one.counts) > 1 else 0
-        left = cost.left(candidates.removal({one.group.name: step}))
-        prices[one.group.name] = max((cost.total - left) // max(step, 1), 1)
+        name, increments = one.group.name, np.diff(one.counts)
+        if one.group.modules:  # layers need not be alike
+            prices[name] = cost.freed(name, one.order[-1][: len(increments)])
+        else:
+            # The smallest removal, since companions may forbid a single step.
+            step = int(one.counts[:2].sum())
+            left = cost.left(candidates.removal({name: step}))
+            prices[name] = increments * max((cost.total - left) // max(step, 1), 1)
     return prices
 
 
@@ -181,8 +185,7 @@ def density(one: Candidates, prices: Prices) -> FloatArray:
     """Return importance per removed parameter of each increment, not decreasing."""
     if len(one.counts) == 1:
         return np.zeros(0)
-    sums = np.add.reduceat(one.importance, one.counts[:-1])
-    values = sums / (np.diff(one.counts) * prices[one.group.name])
+    values = np.add.reduceat(one.importance, one.counts[:-1]) / prices[one.group.name]
     # An infinite importance minus another is no number; such a unit goes last.
     return np.maximum.accumulate(np.nan_to_num(values, nan=np.inf, posinf=np.inf, neginf=-np.inf))
 
@@ -205,7 +208,7 @@ def make_queue(
 
     Args:
         owners: groups that move together; the keys of the first are taken.
-        prices: of a step of each group.
+        prices: of the increments of each group.
         keys: candidates -> a sort key for each increment; the most significant first.
     """
     columns = [np.concatenate([key(owner[0]) for owner in owners]) for key in keys]
@@ -214,8 +217,6 @@ def make_queue(
     )
     sequence = index[np.lexsort((index, *reversed(columns)))]
     price = [
-        float(sum(prices[one.group.name] for one in owner))
-        * int(np.diff(owner[0].counts).max(initial=1))
-        for owner in owners
+        np.sum([prices[one.group.name] for one in owner], axis=0).max(initial=1) for owner in owners
     ]
-    return Queue(tuple(map(tuple, owners)), sequence, np.array(price))
+    return Queue(tuple(map(tuple, owners)), sequence, np.array(price, dtype=np.float64))
