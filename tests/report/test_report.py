@@ -149,7 +149,8 @@ def test_tables_by_hand() -> None:
     assert "query heads" not in rows
     perplexity = view.compared(report, "perplexity")
     assert perplexity is not None
-    label = "wikitext, test (standard protocol, windows of 512, 1,022 tokens)"
+    settings = "standard protocol, windows of 512, 1,022 tokens"
+    label = f"Salesforce/wikitext wikitext-2-raw-v1, test ({settings})"
     first = perplexity.rows[0]
     assert (first.label, first.change, first.better) == (label, "× 2.00", False)
     assert first.cells == ("20.00 ± 0.50", "80.00 ± 0.50", "40.00 ± 0.50")
@@ -528,17 +529,20 @@ def test_front_matter() -> None:
     assert results["name"] == "org/model, pruned"
     found = [(r["dataset"]["name"], r["metrics"][0]) for r in results["results"]]
     # Of the model in the folder; the user's own text is no data set.
+    wikitext = "Salesforce/wikitext wikitext-2-raw-v1"
+    settings = "standard protocol, windows of 512, 1,022 tokens"
     assert found == [
         (name, {"type": metric, "name": label, "value": value})
         for name, metric, label, value in (
-            (
-                *("wikitext", "perplexity"),
-                "perplexity, wikitext, test (standard protocol, windows of 512, 1,022 tokens)",
-                40.0,
-            ),
+            (wikitext, "perplexity", f"perplexity, {wikitext}, test ({settings})", 40.0),
             ("boolq", "acc", "boolq, acc (200 items)", 0.3),
             ("piqa", "acc_norm", "piqa, acc_norm (200 items)", 0.4),
         )
+    ]
+    assert [(r["dataset"]["type"], r["dataset"].get("config")) for r in results["results"]] == [
+        ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+        ("boolq", None),
+        ("piqa", None),
     ]
     # Of other tokens than all models have, perplexity says nothing.
     fewer = yaml.safe_load(render_card(full_report(tokens=(9, 5))).split("---\n")[1])

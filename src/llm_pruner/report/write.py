@@ -137,7 +137,8 @@ REQUEST_FILE = "request.yaml"
 _ANEW = ("push_to_hub", "private", "restart", "resume", "overwrite")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_DATASET = re.compile(r"[A-Za-z0-9][\w./-]*")
+_DATASET = re.compile(r"[A-Za-z0-9][\w./-]*( [\w.-]+)?")
+"""A dataset of the hub, with its config if it has one, or a task."""
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,60}")
 
 
@@ -186,14 +187,16 @@ def _metadata(report: data.Report) -> str:
     results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=name,
+            dataset_type=dataset,
             dataset_name=name,
+            dataset_config=config or None,
             dataset_split=split,
             metric_type=metric,
             metric_name=label,
             metric_value=float(f"{value:.6g}"),
         )
         for name, split, metric, label, value in found
+        for dataset, _, config in [name.partition(" ")]
         if _DATASET.fullmatch(name) and math.isfinite(value)
     ]
     known = ModelCardData(
