@@ -15,8 +15,8 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import MllamaForCausalLM, PreTrainedTokenizerFast
-from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from helpers import VOCABULARY, tiny_model, tiny_tokenizer
 from llm_pruner.data import calibration, selfmade, turns
