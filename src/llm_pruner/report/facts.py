@@ -234,8 +234,13 @@ def evaluation_of(found: Measured | Abilities) -> data.Evaluation:
     return data.Evaluation.model_validate(parts)
 
 
-def dense_evaluation(found: Measured, name: str) -> data.Evaluation:
-    """Return what was measured of the dense model, if that is its name, beside another one."""
+def dense_evaluation(found: Measured, name: str, size: Size | None) -> data.Evaluation:
+    """Return what was measured of the dense model, of this name and size, beside another one.
+
+    Folders of different models often have the same name.
+    """
+    if size is None or size.total != found.parameters_against:
+        return data.Evaluation()
     texts = [one for one in found.perplexity if one.divergence and one.divergence.against == name]
     beside = data.Evaluation.model_validate({"perplexity": [one.dense for one in texts]})
     if found.dense is None or found.dense.model != name:

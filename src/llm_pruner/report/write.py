@@ -66,13 +66,15 @@ def _add_evaluation(folder: Path, found: Measured, model: str) -> None:
     report = data.report_in(folder)
     variant = _variant_of(folder, report, model, found)
     report = report.with_evaluation(variant, evaluation_of(found))
-    if (dense := dense_evaluation(found, report.source.name)) != data.Evaluation():
+    size = report.sizes.get("dense")
+    if (dense := dense_evaluation(found, report.source.name, size)) != data.Evaluation():
         report = report.with_evaluation("dense", dense)
     elif other := against(found):
         name, source = visible(other), visible(report.source.name)
+        of = "" if size is None else f" with {size.total:,} parameters"
         _LOG.warning(
-            f"what was measured of {name} is no part of the report, which is about {source}; if "
-            f"they are one model, measure it with --report {folder}, too"
+            f"what was measured of {name} is no part of the report, which is about {source}{of}; "
+            f"if they are one model, measure it with --report {folder}, too"
         )
     card = folder / data.CARD_FILE
     try:
