@@ -14,8 +14,9 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import MllamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from helpers import VOCABULARY, tiny_model, tiny_tokenizer
 from llm_pruner.data import calibration, selfmade, turns
@@ -481,6 +482,28 @@ def test_self_draws_from_the_models_distribution() -> None:
     # 4000 draws with probability 0.6: a standard deviation of 0.0077; with 0.02, of 0.0022.
     assert float(counts[10]) / 4000 == pytest.approx(0.6, abs=0.03)
     assert float(counts[30]) / 4000 == pytest.approx(0.02, abs=0.01)
+
+
+def test_self_draws_no_token_that_has_no_logit() -> None:
+    """Llama 3.2 Vision has 8 rows more in its input embedding, for images."""
+    config = MllamaTextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        cross_attention_layers=[],
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        pad_token_id=0,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    model, tokenizer = MllamaForCausalLM(config).eval(), tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    assert len(tokenizer) == VOCABULARY + 1
+    ids = write_text(model, tokenizer, samples=3, seq_len=64, seed=0)
+    assert EOS < int(ids.min()) <= int(ids.max()) < VOCABULARY
 
 
 @pytest.mark.parametrize("template", [None, "<s> $A", "$A </s>", "<s> $A </s>"])

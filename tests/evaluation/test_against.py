@@ -124,6 +124,12 @@ def test_the_command_and_the_report_say_it(
     report = read_report(small / "report.json")
     names = [one.name for one in report.evaluations["pruned"].measurements]
     assert [name.startswith(label) for name in names].count(True) == 2
+    # Nor does a model of the same name and another size.
+    namesake = save_tiny(tmp_path / "elsewhere" / "dense", num_hidden_layers=2)
+    done("evaluate", small, *asked[:4], "--against", namesake, "--report", small)
+    size = f"{report.sizes['dense'].total:,} parameters"
+    assert f"of dense is no part of the report, which is about dense with {size}" in caplog.text
+    assert read_report(small / "report.json").evaluations["dense"] == report.evaluations["dense"]
     # The same model under another name is not taken for it, which is said.
     renamed = dense.rename(tmp_path / "renamed")
     done("evaluate", small, *asked[:4], "--against", renamed, "--report", small)

@@ -154,8 +154,8 @@ def test_chunks_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_a_model_that_others_are_compared_with_runs_once(scale: float) -> None:
+@pytest.mark.parametrize(("scale", "in_place"), [(1.0, False), (0.5, False), (0.5, True)])
+def test_a_model_that_others_are_compared_with_runs_once(scale: float, in_place: bool) -> None:
     """Not where its logits are something else than what its output embedding gives."""
     model, runs = tiny_model("llama"), []
     batch = torch.arange(3, 43).view(2, 20)
@@ -164,7 +164,9 @@ def test_a_model_that_others_are_compared_with_runs_once(scale: float) -> None:
 
     def count(_: Any, __: Any, found: Any) -> Any:
         runs.append(found)
-        if scale != 1:
+        if in_place:
+            found.logits *= scale
+        elif scale != 1:
             found.logits = scale * found.logits
         return found
 

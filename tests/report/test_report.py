@@ -149,7 +149,8 @@ def test_tables_by_hand() -> None:
     assert "query heads" not in rows
     perplexity = view.compared(report, "perplexity")
     assert perplexity is not None
-    label = "wikitext, test (standard protocol, windows of 512, 1,022 tokens)"
+    settings = "standard protocol, windows of 512, 1,022 tokens"
+    label = f"Salesforce/wikitext wikitext-2-raw-v1, test ({settings})"
     first = perplexity.rows[0]
     assert (first.label, first.change, first.better) == (label, "× 2.00", False)
     assert first.cells == ("20.00 ± 0.50", "80.00 ± 0.50", "40.00 ± 0.50")
@@ -528,17 +529,20 @@ def test_front_matter() -> None:
     assert results["name"] == "org/model, pruned"
     found = [(r["dataset"]["name"], r["metrics"][0]) for r in results["results"]]
     # Of the model in the folder; the user's own text is no data set.
+    wikitext = "Salesforce/wikitext wikitext-2-raw-v1"
+    settings = "standard protocol, windows of 512, 1,022 tokens"
     assert found == [
         (name, {"type": metric, "name": label, "value": value})
         for name, metric, label, value in (
-            (
-                *("wikitext", "perplexity"),
-                "perplexity, wikitext, test (standard protocol, windows of 512, 1,022 tokens)",
-                40.0,
-            ),
+            (wikitext, "perplexity", f"perplexity, {wikitext}, test ({settings})", 40.0),
             ("boolq", "acc", "boolq, acc (200 items)", 0.3),
             ("piqa", "acc_norm", "piqa, acc_norm (200 items)", 0.4),
         )
+    ]
+    assert [(r["dataset"]["type"], r["dataset"].get("config")) for r in results["results"]] == [
+        ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+        ("boolq", None),
+        ("piqa", None),
     ]
     # Of other tokens than all models have, perplexity says nothing.
     fewer = yaml.safe_load(render_card(full_report(tokens=(9, 5))).split("---\n")[1])
@@ -663,6 +667,7 @@ def test_files_name_their_card() -> None:
 
 def test_importance_by_hand() -> None:
     groups = (
+        Group("layers", "layers", None, 4, ()),
         Group("layers.0.ffn", "ffn", 0, 50, ()),
         Group("layers.1.ffn", "ffn", 1, 2, ()),
         Group("layers.1.value_dim", "value_dim", 1, 2, ()),
@@ -679,7 +684,7 @@ def test_importance_by_hand() -> None:
         "layers.3.experts.1.ffn": np.array([2.0]),
     }
     removal = {"layers.0.ffn": np.arange(10), "layers.3.experts.0.ffn": np.array([1])}
-    maps = importance_maps(discovery, scores, removal, [Layer(1, removed=True), Layer(3)])
+    maps = importance_maps(discovery, scores, removal | {"layers": np.array([1])})
     assert [found.kind for found in maps] == ["ffn"]
     first, second, third = maps[0].rows
     assert (first.layer, first.units, first.removed) == (0, 50, 10)
@@ -691,6 +696,22 @@ def test_importance_by_hand() -> None:
     assert (second.removed, second.bins) == (2, (0.25, None))
     # The experts of a layer are taken together.
     assert (third.units, third.removed, third.bins) == (3, 1, (1.0, 2.0, 3.0))
+
+
+def test_importance_in_several_lists_of_layers() -> None:
+    """Layers of the same number share a row; one of them goes whole, the other stays."""
+    groups = tuple(
+        group
+        for name, path in (("layers", "high"), ("layers_2", "low"))
+        for group in (
+            Group(name, "layers", None, 2, (), path=path),
+            *(Group(f"{name}.{n}.ffn", "ffn", n, 3, (), path=path) for n in range(2)),
+        )
+    )
+    scores = {group.name: np.ones(3) for group in groups if group.kind == "ffn"}
+    removal = {"layers_2": np.array([1]), "layers.1.ffn": np.array([2])}
+    (found,) = importance_maps(Discovery(groups, (), {}, {}, {}), scores, removal)
+    assert [(row.units, row.removed) for row in found.rows] == [(6, 0), (6, 4)]
 
 
 def test_experts_of_a_layer_are_added_up() -> None:

@@ -35,7 +35,7 @@ def evaluation(factor: float, text: str) -> Evaluation:
             Perplexity(
                 perplexity=20 * factor,
                 stderr=0.5,
-                corpus=f"wikitext{text}",
+                corpus=f"Salesforce/wikitext wikitext-2-raw-v1{text}",
                 split="test",
                 protocol="standard",
                 window=512,

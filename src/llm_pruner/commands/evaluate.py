@@ -121,11 +121,13 @@ def measure(
         late.unload()  # from here on, each is alone in memory
         late.room = settings.room
         of_dense = abilities(settings, prepare(settings), dense)  # a task runs once
+    against = _name_and_size(dense)[1].total if dense else None
     dense = None
     if asks:
         begun = _joined(begun, abilities(settings, prepared, late), of_dense)
     return replace(
         begun,
+        parameters_against=against,
         speed=_speed(settings, late, strict=strict) if settings.speed else None,
         samples={
             prompt: sample_continuation(

@@ -792,9 +792,7 @@ class PruneRun:
             **shared | {"layers": facts.layers_of(done.layers), "repair": facts.repair_of(done)},
             source=facts.source_of(settings.model, loaded.name, loaded.revision, self.network),
             sizes={"dense": self.dense_size, "pruned": model_size(self.network)},
-            importance=facts.importance_maps(
-                self.discovery, self.scores, self.removal, done.layers
-            ),
+            importance=facts.importance_maps(self.discovery, self.scores, self.removal),
             criterion=facts.criterion_in_words(plan),
             compensation=settings.compensation
             if any(one.changed for one in done.refitted)

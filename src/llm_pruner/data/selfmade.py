@@ -90,12 +90,6 @@ def write_text(
         what = "tokenizer's BOS" if turns is None else "opening of a chat"
         raise UserError(f"seq_len={seq_len} holds the {what} alone; use a longer one")
     uniform = torch.rand(samples, seq_len, generator=generator, dtype=torch.float64)
-    vocabulary = embedding_rows(model)
-    # Never drawn: special tokens, and rows that stand for no token.
-    special = {index for index in _special_ids(tokenizer) if index < vocabulary}
-    special |= {*range(len(tokenizer), vocabulary)}
-    barred = sorted(special if turns is None else special - turns.ends)
-    never = torch.tensor(barred if len(barred) < vocabulary else [], dtype=torch.int64)
     ids = torch.empty(samples, seq_len, dtype=torch.int64)
     ids[:, : starts.shape[1]] = starts
     positions = range(starts.shape[1], seq_len)
@@ -117,6 +111,7 @@ def write_text(
                 texts = ids[rows, :position]
                 opened = torch.cat([lead.expand(len(texts), -1), texts], dim=1)
                 decoder, logits = _opened(model, opened.to(device), len(lead) + seq_len)
+                never = _barred(tokenizer, turns, logits.shape[-1])
                 if turns is not None:
                     turns.start(len(texts), seq_len)
             else:
@@ -125,6 +120,17 @@ def write_text(
             ids[rows, position] = drawn if turns is None else turns.follow(drawn)
     forget_pages(given)
     return ids
+
+
+def _barred(tokenizer: Any, turns: Turns | None, tokens: int) -> torch.Tensor:
+    """Return what is never drawn, of so many tokens that have a logit; nothing if it were all.
+
+    Special tokens, but for those that end a turn, and rows that stand for no token. The embedding
+    may have more rows than there are logits: what stands for an image is read, never written.
+    """
+    special = _special_ids(tokenizer) - (set() if turns is None else turns.ends)
+    barred = sorted({one for one in special if one < tokens} | {*range(len(tokenizer), tokens)})
+    return torch.tensor(barred if len(barred) < tokens else [], dtype=torch.int64)
 
 
 def _opened(model: Any, texts: torch.Tensor, tokens: int) -> tuple[Decoder, torch.Tensor]:

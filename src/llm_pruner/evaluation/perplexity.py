@@ -214,7 +214,7 @@ class Remembered(nn.Module):
 
     Of a batch that it has seen, its output embedding gives the logits of the hidden states, which
     are kept: the same to the last bit. A model that does something else with what its output
-    embedding gives, such as to cap it, runs anew.
+    embedding gives, such as to cap it, also in place, runs anew.
     """
 
     def __init__(self, model: Any) -> None:
@@ -241,7 +241,9 @@ class Remembered(nn.Module):
         finally:
             hook.remove()
         if len(calls) == 1 and calls[0][1] is found.logits:
-            self._hidden[key] = calls[0][0]
+            hidden = calls[0][0]
+            if torch.equal(head(hidden), found.logits):  # else written into since
+                self._hidden[key] = hidden
         return found
 
     def get_input_embeddings(self) -> Any:

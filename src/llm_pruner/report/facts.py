@@ -21,6 +21,7 @@ from llm_pruner.evaluation.skills import Share, digest_of
 from llm_pruner.files.disk import expanded
 from llm_pruner.models.stored import DEFAULT, local_path
 from llm_pruner.planning import Plan
+from llm_pruner.planning.constraints import removed_layers
 from llm_pruner.report import data
 from llm_pruner.report.records import (
     Abilities,
@@ -52,7 +53,7 @@ _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
 def importance_maps(
-    discovery: Discovery, scores: Scores, removal: Removal, left: Sequence[Layer] = ()
+    discovery: Discovery, scores: Scores, removal: Removal
 ) -> tuple[data.ImportanceMap, ...]:
     """Return the importance of all scored groups by kind, in the order of the layers.
 
@@ -61,10 +62,9 @@ def importance_maps(
     Args:
         discovery: of the dense model.
         scores: the first estimate, on the dense model.
-        removal: all that was removed.
-        left: what is left; says which layers went whole, with all units in them.
+        removal: all that was removed; layers that went whole went with all units in them.
     """
-    gone = {row.layer for row in left if row.removed}
+    gone = removed_layers(discovery.by_name, removal)
     found: dict[str, dict[int | None, list[Group]]] = {}
     for group in discovery.groups:
         # What follows another kind is removed with it, whatever its own importance.
@@ -75,8 +75,10 @@ def importance_maps(
         rows = []
         for layer, groups in layers.items():
             units = sum(group.size for group in groups)
-            lost = sum(len(removal.get(group.name, ())) for group in groups)
-            removed = units if layer in gone else lost
+            removed = sum(
+                group.size if group.place in gone else len(removal.get(group.name, ()))
+                for group in groups
+            )
             bins = _bins(np.concatenate([scores[group.name] for group in groups]))
             rows.append(data.ImportanceRow(layer=layer, units=units, removed=removed, bins=bins))
         maps.append(data.ImportanceMap(kind=kind, rows=tuple(rows)))
@@ -232,8 +234,13 @@ def evaluation_of(found: Measured | Abilities) -> data.Evaluation:
     return data.Evaluation.model_validate(parts)
 
 
-def dense_evaluation(found: Measured, name: str) -> data.Evaluation:
-    """Return what was measured of the dense model, if that is its name, beside another one."""
+def dense_evaluation(found: Measured, name: str, size: Size | None) -> data.Evaluation:
+    """Return what was measured of the dense model, of this name and size, beside another one.
+
+    Folders of different models often have the same name.
+    """
+    if size is None or size.total != found.parameters_against:
+        return data.Evaluation()
     texts = [one for one in found.perplexity if one.divergence and one.divergence.against == name]
     beside = data.Evaluation.model_validate({"perplexity": [one.dense for one in texts]})
     if found.dense is None or found.dense.model != name:

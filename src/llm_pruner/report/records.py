@@ -129,6 +129,7 @@ class Measured:
         samples: prompt -> what the model wrote after it.
         dense: the same tasks, skills and long answers of the dense model, if one was named.
         kept: accuracy above chance beside the dense model's.
+        parameters_against: all parameters of the dense model.
     """
 
     model: str
@@ -143,6 +144,7 @@ class Measured:
     health: Health | None = None
     dense: Abilities | None = None
     kept: Kept | None = None
+    parameters_against: int | None = None
 
 
 @dataclass(frozen=True)

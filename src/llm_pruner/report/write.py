@@ -66,13 +66,15 @@ def _add_evaluation(folder: Path, found: Measured, model: str) -> None:
     report = data.report_in(folder)
     variant = _variant_of(folder, report, model, found)
     report = report.with_evaluation(variant, evaluation_of(found))
-    if (dense := dense_evaluation(found, report.source.name)) != data.Evaluation():
+    size = report.sizes.get("dense")
+    if (dense := dense_evaluation(found, report.source.name, size)) != data.Evaluation():
         report = report.with_evaluation("dense", dense)
     elif other := against(found):
         name, source = visible(other), visible(report.source.name)
+        of = "" if size is None else f" with {size.total:,} parameters"
         _LOG.warning(
-            f"what was measured of {name} is no part of the report, which is about {source}; if "
-            f"they are one model, measure it with --report {folder}, too"
+            f"what was measured of {name} is no part of the report, which is about {source}{of}; "
+            f"if they are one model, measure it with --report {folder}, too"
         )
     card = folder / data.CARD_FILE
     try:
@@ -137,7 +139,8 @@ REQUEST_FILE = "request.yaml"
 _ANEW = ("push_to_hub", "private", "restart", "resume", "overwrite")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_DATASET = re.compile(r"[A-Za-z0-9][\w./-]*")
+_DATASET = re.compile(r"[A-Za-z0-9][\w./-]*( [\w.-]+)?")
+"""A dataset of the hub, with its config if it has one, or a task."""
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,60}")
 
 
@@ -186,14 +189,16 @@ def _metadata(report: data.Report) -> str:
     results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=name,
+            dataset_type=dataset,
             dataset_name=name,
+            dataset_config=config or None,
             dataset_split=split,
             metric_type=metric,
             metric_name=label,
             metric_value=float(f"{value:.6g}"),
         )
         for name, split, metric, label, value in found
+        for dataset, _, config in [name.partition(" ")]
         if _DATASET.fullmatch(name) and math.isfinite(value)
     ]
     known = ModelCardData(
