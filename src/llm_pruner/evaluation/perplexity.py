@@ -242,7 +242,7 @@ class Remembered(nn.Module):
             hook.remove()
         if len(calls) == 1 and calls[0][1] is found.logits:
             hidden = calls[0][0]
-            if torch.equal(head(hidden), found.logits):  # else written into since
+            if self._hidden or torch.equal(head(hidden), found.logits):  # else written into since
                 self._hidden[key] = hidden
         return found
 
