@@ -348,6 +348,23 @@ def test_what_a_file_says_of_training_holds(
     assert (seen[0].max_minutes, seen[0].epochs) == wanted
 
 
+@pytest.mark.parametrize("said", [{}, {"seed": 1}])
+def test_text_is_written_under_the_seed_that_it_is_read_by(
+    said: dict[str, int], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(stages, "write_text_cached", lambda *_, seed, **__: seeds.append(seed))
+    dense, out = str(made / "dense"), tmp_path / "o"
+    asked = CompressSettings(model=dense, out=out, preset=str(made / "tiny.yaml"), training=said)
+    with opened(tmp_path / "work", {}, restart=False) as work:
+        run = stages._Stages(asked, work, None, lambda _: None, lambda _: None, None)
+        assert run._calibrated() == (0 if said else 8)
+        shutil.copytree(dense, work.path("pruned"))
+        monkeypatch.setattr(run, "_sample_length", lambda: 24)
+        run._write(0.0)
+    assert set(seeds) == {said.get("seed", 0)} == {run._recovering(run.training).seed}
+
+
 def test_a_packed_file_has_no_size_to_compare_with(tmp_path: Path) -> None:
     """What its weights take on disk says nothing of pruning."""
     packed = tmp_path / "m.gguf"

@@ -122,6 +122,9 @@ def test_the_adapter_and_the_teacher(work: Path, made: Path) -> None:
     assert json.loads(result.out)["gained"]
     assert result.err == ""
     assert len(list(Path("cache").glob("*/ids.bin"))) == 2  # to train on, and held out
+    assert json.loads(Path("better/adapter/adapter_config.json").read_text())["task_type"] == (
+        "CAUSAL_LM"
+    )
     adapted = PeftModel.from_pretrained(load_model(str(small)).model, "better/adapter")
     tokens = torch.arange(3, 60)[None]
     wanted = adapted.eval()(input_ids=tokens).logits

@@ -26,6 +26,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+import architectures
+
 from command import WORDS, done, save_tiny
 from helpers import of_tokens_alone, tiny_model
 from llm_pruner.cli.recover import Narrator
@@ -67,8 +71,11 @@ def sequences(count: int, *, seed: int = 0, longest: int = 24) -> list[TrainingS
 # Layout.
 
 
-def test_a_model_that_takes_tokens_alone_is_trained_as_any_other(tmp_path: Path) -> None:
-    settings = TrainingSettings(method="full", max_steps=2, batch_size=4, bf16=False)
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_model_that_takes_tokens_alone_is_trained_as_any_other(
+    tmp_path: Path, method: str
+) -> None:
+    settings = TrainingSettings(method=method, max_steps=2, batch_size=4, bf16=False)
     models = of_tokens_alone(tiny_model()), tiny_model()
     own, plain = (
         recover_(one, sequences(12), sequences(4, seed=1), settings, work=tmp_path / str(number))[1]
@@ -285,6 +292,7 @@ def test_all_methods_learn_and_only_what_they_should(tmp_path: Path) -> None:
 def test_adapters_are_on_the_layers_that_are_named() -> None:
     """PEFT has names of its own for the experts of some models."""
     sizes = {"n_shared_experts": 1, "first_k_dense_replace": 1, "n_routed_experts": 4}
+    sizes |= {"num_experts_per_tok": 2}
     attention = {"q_lora_rank": None, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
     more = {"qk_nope_head_dim": 8, "num_key_value_heads": 6, "moe_intermediate_size": 16}
     model = tiny_model("deepseek_v3", **sizes, **attention, **more, n_group=1, topk_group=1)
@@ -297,6 +305,39 @@ def test_adapters_are_on_the_layers_that_are_named() -> None:
         if name.endswith(".lora_A.default")
     }
     assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("family", "without"),
+    [
+        ("deepseek_v4", "o_a_proj"),  # a product in groups
+        ("llama4_text", "router"),  # gives more than a product
+        ("longcat_flash", "classifier"),  # is read and not called, as the next
+        ("mamba", "dt_proj"),
+    ],
+)
+def test_adapters_are_where_a_layer_is_called_and_gives_a_product(
+    tmp_path: Path, family: str, without: str
+) -> None:
+    model = architectures.tiny_model(family)
+    drawn = torch.random.get_rng_state()
+    names = {name.rpartition(".")[2] for name in lora.linear_layers(model)}
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+    assert not model.training
+    assert without not in names
+    assert {"in_proj", "q_proj", "q_b_proj"} & names
+    data = [make_sequence([*range(3, 11)], [True] * 8, 0)] * 2
+    settings = TrainingSettings(max_steps=1, batch_size=2, bf16=False)
+    network, outcome = recover_(model, data, data, settings, work=tmp_path)
+    assert network is model
+    assert outcome.steps == 1
+
+
+def test_layers_that_no_token_came_to_are_adapted() -> None:
+    model: Any = tiny_model("llama")
+    names = lora.linear_layers(model)
+    model.model.layers[1].forward = lambda hidden, **_: hidden
+    assert lora.linear_layers(model) == names
 
 
 def test_models_that_take_no_adapters_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -544,7 +544,7 @@ class _Stages:
         """Have the dense model write for a time; return the number of texts."""
         here = self._recovering(self.training).but(device=own_device(self.settings.device))
         loaded = load(ways_to_load(here, ALONE)["teacher"])  # in which recovery has it
-        seq_len, seed = self._sample_length(), self.settings.seed
+        seq_len, seed = self._sample_length(), self.training.seed
 
         def write(number: int) -> None:
             size = {"samples": CHUNK * (number + 1), "seq_len": seq_len, "seed": seed}
@@ -624,8 +624,9 @@ class _Stages:
     def _calibrated(self) -> int:
         """Return how many of the texts to train on importance is estimated on, too."""
         shared = SELF in self.settings.data and self.pruning.calibration == SELF
-        if self.settings.training.get("seq_len", self.pruning.seq_len) != self.pruning.seq_len:
-            shared = False
+        for name in ("seq_len", "seed"):
+            own = getattr(self.pruning, name)
+            shared &= self.settings.training.get(name, own) == own
         return self.pruning.samples if shared else 0
 
 

@@ -196,6 +196,7 @@ def recover_(
             trained = prepare_(model, settings.but(quantize="none"))
         state.set_weights_(trained, best)
         if keep_adapter is not None and settings.method == "lora" and processes.is_first:
+            trained.peft_config["default"].task_type = "CAUSAL_LM"  # by which PEFT finds its model
             trained.save_pretrained(keep_adapter, save_embedding_layers=False)
         model = state.merge_(trained)
         as_saved_(model)
