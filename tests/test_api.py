@@ -64,6 +64,18 @@ def test_groups_by_hand_are_as_good_as_a_plan(model: lp.Model, place: Path, tmp_
     )
 
 
+def test_all_steps_under_another_default_device(model: lp.Model, place: Path) -> None:
+    before = lp.perplexity(model, place / "other.txt").perplexity
+    small = lp.presets.fast(calibration=str(place / "text.txt"), samples=8, seq_len=32, ratio=0.2)
+    with torch.device("meta"):  # as set_default_device, of which a GPU is the usual one
+        text = lp.calibration(model, place / "text.txt", samples=8, seq_len=32)
+        assert lp.perplexity(model, place / "other.txt").perplexity == before
+        lp.prune_(model, lp.plan(model, lp.discover(model), None, small.but(protect_last=0)))
+        lp.refit_(model, text)
+        lp.recover_(model, place / "text.txt", lp.Lora(max_steps=1, seq_len=32))
+    assert all(one.device.type == "cpu" for one in model.network.parameters())
+
+
 def test_a_group_that_is_not_there(model: lp.Model) -> None:
     with pytest.raises(InfeasibleError, match=r"layers.0.fnn is no group .* did you mean layers"):
         lp.prune_(model, lp.discover(model), {"layers.0.fnn": np.arange(4)})

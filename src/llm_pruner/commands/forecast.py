@@ -378,7 +378,7 @@ class _Forecaster:
             size = model.config.get_text_config().hidden_size
             for boundary in store.keys:
                 for sample in range(len(ids)):
-                    values = torch.randn(1, ids.shape[1], size, dtype=model.dtype)
+                    values = torch.randn(1, ids.shape[1], size, dtype=model.dtype, device="cpu")
                     store.write(boundary, slice(sample, sample + 1), values)
             states.keep(ids, store)
         return states
@@ -450,7 +450,7 @@ class _Forecaster:
         """Return what one more token of each text takes, behind half of them."""
         half = max(1, min(self.length, PIECE) // 2)
         ids = _tokens(self.texts, half, rows)
-        uniform = torch.full((self.texts,), 0.5, dtype=torch.float64)
+        uniform = torch.full((self.texts,), 0.5, dtype=torch.float64, device="cpu")
         decoder = Decoder(model)
         decoder.step(ids)
         make_room_(decoder.cache, half + STEPS)
@@ -458,7 +458,9 @@ class _Forecaster:
         def write() -> None:
             for _ in range(STEPS):
                 logits = decoder.step(ids[:, :1])
-                draw_tokens(logits.float(), uniform, torch.empty(0, dtype=torch.int64))
+                draw_tokens(
+                    logits.float(), uniform, torch.empty(0, dtype=torch.int64, device="cpu")
+                )
 
         taken, _ = _taken(write)
         return Taken(taken.seconds / STEPS, taken.bytes + tensor_bytes(decoder.cache))
@@ -623,7 +625,7 @@ class _Forecaster:
 
 
 def _tokens(samples: int, length: int, rows: int) -> torch.Tensor:
-    return torch.arange(samples * length).mul(7).remainder(rows).view(samples, length)
+    return torch.arange(samples * length, device="cpu").mul(7).remainder(rows).view(samples, length)
 
 
 def _give_back() -> None:
@@ -660,7 +662,7 @@ def _taken(job: Callable[[], T]) -> tuple[Taken, T]:
 def _fill_(model: nn.Module) -> None:
     """Give weights values of the size of trained ones, the same ones over and over."""
     generator = torch.Generator().manual_seed(0)
-    values = torch.empty(2**20).uniform_(-0.05, 0.05, generator=generator)
+    values = torch.empty(2**20, device="cpu").uniform_(-0.05, 0.05, generator=generator)
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -703,7 +705,7 @@ def _read_rates(settings: PruneSettings, written: float) -> tuple[float, float]:
                 read, widened = read + middle - begin, widened + time.perf_counter() - middle
                 bytes_ += tensor.nbytes
     if not bytes_:
-        tensor = torch.zeros(SAMPLE // 2, dtype=torch.bfloat16)
+        tensor = torch.zeros(SAMPLE // 2, dtype=torch.bfloat16, device="cpu")
         begin = time.perf_counter()
         tensor.to(kind, copy=True)
         return written, tensor.nbytes / (time.perf_counter() - begin)

@@ -188,7 +188,7 @@ def _measured(loaded: LoadedModel, tokenizer: Any, text: str) -> tuple[float, fl
 def _cut_(model: Any, smaller: Any, kept: Ids, text: str) -> tuple[float, Change[int], Edits]:
     """Cut the model; return how much its logits differ, its parameters before and after, edits."""
     length = min(COMPARED, maximum_length(model) or COMPARED)
-    ids = torch.tensor(bare_ids(smaller, text)[:length])[None].to(model.device)
+    ids = torch.tensor(bare_ids(smaller, text)[:length], device="cpu")[None].to(model.device)
     rows = torch.from_numpy(kept).to(model.device)
     size = model.num_parameters()
     expected = model(rows[ids]).logits[..., rows]

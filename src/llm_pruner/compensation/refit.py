@@ -155,7 +155,7 @@ def held_out_samples(samples: int, seq_len: int) -> torch.Tensor:
     knows half of what it is judged on takes too small a ridge.
     """
     count = max(1, min(samples // HELD_OUT, HELD_OUT_TOKENS // seq_len))
-    return torch.arange(samples) >= samples - count
+    return torch.arange(samples, device="cpu") >= samples - count
 
 
 @dataclass(frozen=True)

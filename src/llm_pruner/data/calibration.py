@@ -49,7 +49,9 @@ class Calibration:
     input_ids: torch.Tensor
     source: str
     settings: dict[str, Any] = field(repr=False)
-    unseen: torch.Tensor = field(repr=False, default_factory=lambda: torch.empty(0, 0).long())
+    unseen: torch.Tensor = field(
+        repr=False, default_factory=lambda: torch.empty(0, 0, device="cpu").long()
+    )
 
 
 def build_calibration(
@@ -118,7 +120,7 @@ def _spread(parts: list[torch.Tensor]) -> torch.Tensor:
     """Return the rows of all parts, those of each spread evenly over the whole."""
     spread = [((row + 0.5) / len(part), part[row]) for part in parts for row in range(len(part))]
     rows = [row for _, row in sorted(spread, key=lambda placed: placed[0])]
-    return torch.stack(rows) if rows else torch.empty(0, 0).long()
+    return torch.stack(rows) if rows else torch.empty(0, 0, device="cpu").long()
 
 
 def _counts(samples: int, shares: list[float]) -> list[int]:
@@ -311,7 +313,7 @@ def _pack(
     needed = samples * fresh
     parting = "" if prefix or suffix else "\n\n"
     texts = _texts(documents, parting, needed)
-    order = torch.randperm(len(texts), generator=generator).tolist()
+    order = torch.randperm(len(texts), generator=generator, device="cpu").tolist()
     unread = [texts[position] for position in reversed(order)]
     stream = _Stream(tokenizer, fresh)
     starts, end = stream.read_on_(unread, 2 * samples, 4 * samples * seq_len)
@@ -326,7 +328,9 @@ def _pack(
             f"{needed}; {advice}"
         )
     # A few windows in a row would come from one or two documents.
-    drawn = sorted(torch.randperm(len(starts), generator=generator)[:samples].tolist())
+    drawn = sorted(
+        torch.randperm(len(starts), generator=generator, device="cpu")[:samples].tolist()
+    )
 
     if rest:
         unread = [*reversed(_texts(further, parting, rest * fresh)), *unread]
@@ -335,7 +339,7 @@ def _pack(
 
     def windows(places: list[int]) -> torch.Tensor:
         rows = [[*prefix, *stream.tokens[starts[i] : starts[i] + fresh]] for i in places]
-        return torch.tensor(rows, dtype=torch.int64).view(len(rows), seq_len)
+        return torch.tensor(rows, dtype=torch.int64, device="cpu").view(len(rows), seq_len)
 
     distance = {i: min(abs(i - one) for one in drawn) for i in range(len(starts))} if rest else {}
     others = sorted((i for i in distance if distance[i]), key=lambda i: -distance[i])[:rest]
@@ -426,7 +430,7 @@ def further_text(
             return known
         further = dict.fromkeys(map(tuple, text.input_ids.tolist()))
         seen, held = set(map(tuple, known.tolist())), _runs(apart)
-        fresh = [torch.tensor(row) for row in further if row not in seen]
+        fresh = [torch.tensor(row, device="cpu") for row in further if row not in seen]
         rows += [row for row in fresh if held.isdisjoint(_runs(row[None]))]
     return torch.stack(rows[: len(known) + count])
 

@@ -49,7 +49,7 @@ _BLOCK = 256
 """Tokens of a vocabulary whose shares are added up before one of them is drawn."""
 _BELOW_1 = 1 - 2.0**-50
 """So much that a product with it is smaller than the other factor."""
-_NOTHING = torch.empty(0, dtype=torch.int64)
+_NOTHING = torch.empty(0, dtype=torch.int64, device="cpu")
 _WORD = re.compile(r"[A-Z][a-z]+")
 
 
@@ -89,8 +89,8 @@ def write_text(
     if starts.shape[1] > seq_len:
         what = "tokenizer's BOS" if turns is None else "opening of a chat"
         raise UserError(f"seq_len={seq_len} holds the {what} alone; use a longer one")
-    uniform = torch.rand(samples, seq_len, generator=generator, dtype=torch.float64)
-    ids = torch.empty(samples, seq_len, dtype=torch.int64)
+    uniform = torch.rand(samples, seq_len, generator=generator, dtype=torch.float64, device="cpu")
+    ids = torch.empty(samples, seq_len, dtype=torch.int64, device="cpu")
     ids[:, : starts.shape[1]] = starts
     positions = range(starts.shape[1], seq_len)
     given, model = model, _fast(model)
@@ -130,7 +130,7 @@ def _barred(tokenizer: Any, turns: Turns | None, tokens: int) -> torch.Tensor:
     """
     special = _special_ids(tokenizer) - (set() if turns is None else turns.ends)
     barred = sorted({one for one in special if one < tokens} | {*range(len(tokenizer), tokens)})
-    return torch.tensor(barred if len(barred) < tokens else [], dtype=torch.int64)
+    return torch.tensor(barred if len(barred) < tokens else [], dtype=torch.int64, device="cpu")
 
 
 def _opened(model: Any, texts: torch.Tensor, tokens: int) -> tuple[Decoder, torch.Tensor]:
@@ -168,7 +168,7 @@ def write_windows(
     parting = [*suffix] if prefix or suffix else _blank_line(tokenizer)
     count = -(-seq_len // (PIECE + len(parting)))
     texts = write_text(model, tokenizer, samples=samples * count, seq_len=PIECE, seed=seed)
-    parted = torch.tensor(parting, dtype=torch.int64).expand(len(texts), -1)
+    parted = torch.tensor(parting, dtype=torch.int64, device="cpu").expand(len(texts), -1)
     return torch.cat([texts, parted], dim=1).reshape(samples, -1)[:, :seq_len].contiguous()
 
 
@@ -249,7 +249,7 @@ def draw_tokens(logits: torch.Tensor, uniform: torch.Tensor, barred: torch.Tenso
         )
     # Cumulative sums over all of a large vocabulary would take as long as a small model does.
     block, uniform = _drawn(blocks, uniform)
-    tokens = block[:, None] * _BLOCK + torch.arange(_BLOCK)
+    tokens = block[:, None] * _BLOCK + torch.arange(_BLOCK, device="cpu")
     inside = share.gather(1, tokens.clamp(max=share.shape[1] - 1)) * (tokens < share.shape[1])
     return block * _BLOCK + _drawn(inside, uniform)[0]
 
@@ -277,12 +277,15 @@ def _starts(
     """
     prefix, _ = added_tokens(tokenizer)
     if prefix:
-        return torch.tensor(prefix, dtype=torch.int64).expand(samples, -1), _NOTHING
-    words = torch.tensor(words_of(tokenizer, embedding_rows(model)), dtype=torch.int64)
+        return torch.tensor(prefix, dtype=torch.int64, device="cpu").expand(samples, -1), _NOTHING
+    words = torch.tensor(
+        words_of(tokenizer, embedding_rows(model)), dtype=torch.int64, device="cpu"
+    )
     rounds = [
-        torch.randperm(len(words), generator=generator) for _ in range(-(-samples // len(words)))
+        torch.randperm(len(words), generator=generator, device="cpu")
+        for _ in range(-(-samples // len(words)))
     ]
-    lead = torch.tensor(_blank_line(tokenizer)[-1:], dtype=torch.int64)
+    lead = torch.tensor(_blank_line(tokenizer)[-1:], dtype=torch.int64, device="cpu")
     return words[torch.cat(rounds)[:samples]][:, None], lead
 
 
@@ -356,7 +359,7 @@ def _chunk(file: Path, seq_len: int) -> torch.Tensor:
     try:
         ids = load_file(file)["input_ids"]
     except (OSError, SafetensorError, KeyError):
-        ids = torch.empty(0)
+        ids = torch.empty(0, device="cpu")
     if ids.shape != (CHUNK, seq_len) or ids.dtype != torch.int64:
         raise UserError(f"{file} is damaged; remove it, and it is written anew")
     return ids

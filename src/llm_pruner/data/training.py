@@ -79,7 +79,10 @@ def split_samples(
         encoded = encode_examples(unique, tokenizer, **encoding)[:limit]
         return _last_held_out(encoded, examples.name, examples.split, held_out)
     generator = torch.Generator().manual_seed(seed)
-    drawn = [unique[i] for i in torch.randperm(len(unique), generator=generator)[:limit].tolist()]
+    drawn = [
+        unique[i]
+        for i in torch.randperm(len(unique), generator=generator, device="cpu")[:limit].tolist()
+    ]
     parts = encode_each(drawn, tokenizer, **encoding)
     count = _count(len(parts), held_out, examples.name)
     judged = [one for each in parts[:count] for one in each[: max(1, _MOST // count)]]
@@ -162,7 +165,7 @@ def held_out_windows(
     stream = torch.from_numpy(np.concatenate(parts))
     fresh = min(room_for_text(seq_len, prefix), len(stream))
     rows = stream[: len(stream) // fresh * fresh].view(-1, fresh)
-    head = torch.tensor(prefix, dtype=torch.int64).expand(len(rows), len(prefix))
+    head = torch.tensor(prefix, dtype=torch.int64, device="cpu").expand(len(rows), len(prefix))
     return torch.cat([head, rows], dim=1)
 
 

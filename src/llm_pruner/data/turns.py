@@ -40,7 +40,7 @@ class Turns:
         before, _, answering = asked.partition(_SAID[0])
         _, _, asking = talked.partition(_SAID[1])
         asking = asking.partition(_SAID[2])[0]
-        self.opening = torch.tensor(bare_ids(tokenizer, before), dtype=torch.int64)
+        self.opening = torch.tensor(bare_ids(tokenizer, before), dtype=torch.int64, device="cpu")
         self._parts = [bare_ids(tokenizer, text) for text in (answering, asking)]
         special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         if not (len(self.opening) and all(part and part[0] in special for part in self._parts)):
@@ -58,7 +58,9 @@ class Turns:
 
     def follow(self, drawn: torch.Tensor) -> torch.Tensor:
         """Return the next token of each chat, (chats,): the one drawn, or what must stand there."""
-        return torch.tensor([self._next(row, token) for row, token in enumerate(drawn.tolist())])
+        return torch.tensor(
+            [self._next(row, token) for row, token in enumerate(drawn.tolist())], device="cpu"
+        )
 
     def _next(self, row: int, token: int) -> int:
         forced = self._forced[row]

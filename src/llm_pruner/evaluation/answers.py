@@ -162,7 +162,7 @@ def token_by_token(
     with evaluating(model):
         for token in write(Decoder(model), given, most, set()):
             written.append(token)
-            if token in ends or stopped(torch.tensor([written])):
+            if token in ends or stopped(torch.tensor([written], device="cpu")):
                 break
     return written
 
@@ -170,8 +170,8 @@ def token_by_token(
 def _generate(model: Any, rows: Sequence[list[int]], length: int, **settings: Any) -> Any:
     """Return what ``generate`` does, greedily, after rows that are padded to a length."""
     device, padding = next(model.parameters()).device, settings["pad_token_id"]
-    ids = torch.tensor([[padding] * (length - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    ids = torch.tensor([[padding] * (length - len(row)) + row for row in rows], device="cpu")
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device="cpu")
     with evaluating(model), _plainly(model), quiet("transformers"):
         return model.generate(
             ids.to(device),

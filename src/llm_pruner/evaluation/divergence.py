@@ -53,7 +53,7 @@ def compare(dense: torch.Tensor, model: torch.Tensor, targets: torch.Tensor) -> 
         Shape (3,), float64, on the CPU.
     """
     chunk = max(1, _CHUNK_BYTES // (4 * dense.shape[-1]))
-    totals = torch.zeros(3, dtype=torch.float64)
+    totals = torch.zeros(3, dtype=torch.float64, device="cpu")
     parts = (one.split(chunk) for one in (dense, model, targets))
     for before, after, target in zip(*parts, strict=True):
         # A token that is never written has minus infinity, of which no difference is to be taken.

@@ -114,7 +114,7 @@ class LoadedLM(HFLM):
         (given,) = context.tolist()
         room = max_length - len(given)
         found = token_by_token(self.model, self.tokenizer, given, room, stop)
-        return torch.tensor([[*given, *found]])
+        return torch.tensor([[*given, *found]], device="cpu")
 
     def tok_batch_encode(
         self, strings: list[str], *args: Any, left_truncate_len: int | None = None, **how: Any

@@ -296,7 +296,7 @@ class _Scorer:
 
     def _tensor(self, rows: list[tuple[int, ...]]) -> torch.Tensor:
         """Return int64 (rows, longest); what is shorter ends in zeros, which nothing looks at."""
-        tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+        tensors = [torch.tensor(row, dtype=torch.int64, device="cpu") for row in rows]
         return pad_sequence(tensors, batch_first=True).to(self.device)
 
 

@@ -277,7 +277,7 @@ def _windows(
     window, special = _window_length(model, asked, option), asked.protocol == "paper"
     prefix = () if special else added_tokens(tokenizer)[0]
     encoded = tokenizer(text.text, add_special_tokens=special, verbose=False)["input_ids"]
-    ids = torch.tensor(encoded[: asked.max_tokens], dtype=torch.int64)
+    ids = torch.tensor(encoded[: asked.max_tokens], dtype=torch.int64, device="cpu")
     fresh = window - len(prefix)
     count = len(ids) // fresh if fresh > 0 else 0
     if count == 0:
@@ -288,7 +288,7 @@ def _windows(
         raise UserError(
             f"{text.name} gives {len(ids)} tokens and one window needs {fresh}: {why}; {advice}"
         )
-    head = torch.tensor(prefix, dtype=torch.int64).expand(count, len(prefix))
+    head = torch.tensor(prefix, dtype=torch.int64, device="cpu").expand(count, len(prefix))
     added = sum(map(len, added_tokens(tokenizer))) if special else 0
     windows = torch.cat([head, ids[: count * fresh].view(count, fresh)], dim=1)
     # The tokens of a prefix are never predicted, and without one the first token is not.
@@ -392,7 +392,7 @@ def _window_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Sum of -log softmax(logits)[target], float64; logits (T, V), targets (T,)."""
     # float32 copies of the logits exist for a chunk of positions only.
     chunk = max(1, _CHUNK_BYTES // (4 * logits.shape[-1]))
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
     for part, target in zip(torch.split(logits, chunk), torch.split(targets, chunk), strict=True):
         each = torch.nn.functional.cross_entropy(part.float(), target, reduction="none")
         total += each.double().sum().cpu()

@@ -245,7 +245,9 @@ class _Rope:
                 f"{', '.join(_STATIC)} over all channels"
             )
         theta = float(said.get("rope_theta") or config.rope_theta)
-        usual = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        usual = theta ** (
+            -torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim
+        )
         factors = usual / frequencies
         scale = float(getattr(rotary, "attention_scaling", 1.0)) ** 2
         if not torch.allclose(factors, factors.mean(), rtol=1e-5):

@@ -28,7 +28,7 @@ class ActivationStore:
 
     def __init__(self, keys: range, samples: int, memory: int) -> None:
         self.keys, self._samples, self._memory = keys, samples, memory
-        self._form = torch.empty(0)  # one sample
+        self._form = torch.empty(0, device="cpu")  # one sample
         self._arrays: dict[int, torch.Tensor] = {}
         self._files: dict[int, BufferedRandom] = {}
 
@@ -76,7 +76,7 @@ class ActivationStore:
         if key in self._arrays:
             return self._arrays[key][samples]
         shape = (samples.stop - samples.start, *self._form.shape)
-        values = torch.empty(shape, dtype=self._form.dtype)
+        values = torch.empty(shape, dtype=self._form.dtype, device="cpu")
         file = self._files[key]
         file.seek(self._offset(samples))
         if file.readinto(_bytes_of(values)) != values.nbytes:
@@ -119,7 +119,7 @@ class HiddenStates:
     """
 
     def __init__(self) -> None:
-        self._input_ids = torch.empty(0, dtype=torch.long)
+        self._input_ids = torch.empty(0, dtype=torch.long, device="cpu")
         self._store: ActivationStore | None = None
 
     def close(self) -> None:

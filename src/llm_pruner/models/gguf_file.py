@@ -187,7 +187,9 @@ def _is_llama3(config: PreTrainedConfig, factors: Any) -> bool:
     trial.rope_parameters = usual | _LLAMA3 | {"factor": float(factors.max())}
     found = ROPE_INIT_FUNCTIONS["llama3"](trial, torch.device("cpu"))[0].double()
     size = 2 * len(found)
-    plain = usual["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    plain = usual["rope_theta"] ** (
+        -torch.arange(0, size, 2, dtype=torch.float64, device="cpu") / size
+    )
     expected = (plain / found).numpy()
     return factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-4)
 

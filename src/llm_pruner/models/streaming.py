@@ -208,7 +208,7 @@ def _set_apart_(model: nn.Module) -> dict[int, torch.Tensor]:
         parameters: dict[str, Any] = module._parameters
         for key, old in parameters.items():
             if isinstance(old, Assembled):
-                shape = torch.full((), torch.nan, dtype=old.dtype).expand(old.shape)
+                shape = torch.full((), torch.nan, dtype=old.dtype, device="cpu").expand(old.shape)
                 one = new.setdefault(id(old), nn.Parameter(shape, old.requires_grad))
                 parameters[key] = one
                 noted[id(one)] = old
@@ -405,7 +405,9 @@ def cut_parameter(parameter: torch.Tensor, kept: Mapping[int, IntArray]) -> nn.P
     """Return a streamed parameter with only the ``kept`` positions of its axes."""
     source = _SOURCES[parameter]
     changes = tuple((dim, torch.from_numpy(positions), True) for dim, positions in kept.items())
-    new = nn.Parameter(torch.empty(0, dtype=source.dtype), requires_grad=parameter.requires_grad)
+    new = nn.Parameter(
+        torch.empty(0, dtype=source.dtype, device="cpu"), requires_grad=parameter.requires_grad
+    )
     _adopt(new, replace(source, changes=source.changes + changes))
     return new
 

@@ -132,9 +132,9 @@ def _batch(
     sequences: Sequence[TrainingSequence], rows: Sequence[Sequence[int]], width: int, packed: bool
 ) -> Batch:
     shape = (len(rows), width)
-    input_ids = torch.zeros(shape, dtype=torch.int64)
-    learned = torch.zeros(shape, dtype=torch.bool)
-    position_ids, mask = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+    input_ids = torch.zeros(shape, dtype=torch.int64, device="cpu")
+    learned = torch.zeros(shape, dtype=torch.bool, device="cpu")
+    position_ids, mask = (torch.zeros(shape, dtype=torch.int64, device="cpu") for _ in range(2))
     for row, members in enumerate(rows):
         start = 0
         for sample in members:
@@ -142,11 +142,11 @@ def _batch(
             end = start + len(one)
             input_ids[row, start:end] = torch.from_numpy(one.input_ids)
             learned[row, start:end] = torch.from_numpy(one.learned)
-            position_ids[row, start:end] = torch.arange(len(one))
+            position_ids[row, start:end] = torch.arange(len(one), device="cpu")
             mask[row, start:end] = 1
             start = end
         # Padding after packed samples counts as a sample of its own, so nothing attends to it.
-        position_ids[row, start:] = torch.arange(width - start)
+        position_ids[row, start:] = torch.arange(width - start, device="cpu")
     return Batch(
         input_ids,
         position_ids=position_ids if packed else None,
@@ -166,7 +166,7 @@ def step_samples(count: int, batch_size: int, steps: int, seed: int) -> list[lis
     generator = torch.Generator().manual_seed(seed)
     chosen: list[list[int]] = []
     while len(chosen) < steps:
-        order = torch.randperm(count, generator=generator).tolist()
+        order = torch.randperm(count, generator=generator, device="cpu").tolist()
         chosen.extend(order[i : i + batch_size] for i in range(0, count, batch_size))
     return chosen[:steps]
 

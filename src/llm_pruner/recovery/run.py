@@ -131,6 +131,7 @@ def recover_(
         _kernels(settings, processes),
         _same_config(model),
         _own_random(None if processes == ALONE else model.device),
+        torch.device("cpu"),  # peft and DataLoader take the default one, which may be another
         tempfile.TemporaryDirectory() as unused,
     ):
         layout = _layout(model, settings, processes)

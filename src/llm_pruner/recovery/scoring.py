@@ -57,7 +57,7 @@ def score(
         teacher: of these same samples.
     """
     label = f"held-out text, {f'step {step}' if step else 'before training'}"
-    sums = torch.zeros(sources, dtype=torch.float64)
+    sums = torch.zeros(sources, dtype=torch.float64, device="cpu")
     counts = [0] * sources
     mixed = 0.0
     with evaluating(model):

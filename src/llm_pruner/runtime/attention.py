@@ -81,10 +81,10 @@ class Tile:
 
 def tiles_of(blocks: list[Block], rows: int, length: int) -> list[Tile]:
     """Return the tiles of rows that consist of blocks."""
-    first = torch.zeros(rows, length, dtype=torch.long)
+    first = torch.zeros(rows, length, dtype=torch.long, device="cpu")
     for block in blocks:
         first[block.rows, block.start : block.end] = block.start
-    whole, places = not bool(first.any()), torch.arange(length)
+    whole, places = not bool(first.any()), torch.arange(length, device="cpu")
     tiles = []
     for start in range(0, length, _TILE):
         queries = slice(start, min(start + _TILE, length))

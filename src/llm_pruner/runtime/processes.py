@@ -103,7 +103,7 @@ class Processes:
             return [*tensors] if self.is_first else []
         there = PartialState().device
         if self.rank == owner:
-            self._send(torch.zeros(1, dtype=torch.int64))
+            self._send(torch.zeros(1, dtype=torch.int64, device="cpu"))
             for one in tensors:
                 self._send(one)
         if not self.is_first:
@@ -126,8 +126,8 @@ class Processes:
             yield
         except UserError as error:
             if not self.is_first:
-                message = torch.tensor([*str(error).encode()], dtype=torch.uint8)
-                self._send(torch.tensor([len(message)]))
+                message = torch.tensor([*str(error).encode()], dtype=torch.uint8, device="cpu")
+                self._send(torch.tensor([len(message)], device="cpu"))
                 self._send(message)
             raise
 

@@ -96,7 +96,7 @@ def _log_probabilities(ids: torch.Tensor, model: nn.Module) -> torch.Tensor:
     They are float16, half the memory of float32; what is lost is far below any damage of interest.
     """
     logits = run_for_logits(model, ids).flatten(0, 1)
-    found = torch.empty(logits.shape, dtype=torch.float16)
+    found = torch.empty(logits.shape, dtype=torch.float16, device="cpu")
     for rows, values in zip(found.split(_ROWS), logits.split(_ROWS), strict=True):
         rows.copy_(values.float().log_softmax(-1).clamp_min(_LEAST))
     return found

@@ -118,7 +118,7 @@ def fast_multiple(
     generator = torch.Generator().manual_seed(0)
     # Both factors are cut out of one stretch of memory each: nothing is allocated between timings.
     weights, rows = (
-        torch.empty(count).uniform_(-1, 1, generator=generator).to(device, dtype)
+        torch.empty(count, device="cpu").uniform_(-1, 1, generator=generator).to(device, dtype)
         for count in (size, inputs)
     )
     best = dict.fromkeys(cases, math.inf)

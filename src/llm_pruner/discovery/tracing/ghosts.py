@@ -84,11 +84,11 @@ def _initialise_(module: nn.Module, initialise: Callable[[nn.Module], object]) -
 
 
 def _zeros(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
 def _ghost(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    return torch.ones((), dtype=dtype).expand(shape)
+    return torch.ones((), dtype=dtype, device="cpu").expand(shape)
 
 
 def _ghost_parameter(tensor: torch.Tensor) -> torch.Tensor:
@@ -100,7 +100,7 @@ class GhostRunner:
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
-        self._values = torch.rand(2 * COMPUTED, generator=generator).mul_(2).sub_(1)
+        self._values = torch.rand(2 * COMPUTED, generator=generator, device="cpu").mul_(2).sub_(1)
         self._place = 0
 
     def run(self, known: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -147,7 +147,7 @@ class GhostRunner:
         if tensor.numel() > LARGEST:
             return _ghost(tensor.shape, tensor.dtype)
         if not tensor.numel():
-            return torch.empty(tensor.shape, dtype=tensor.dtype)
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         sizes = zip(tensor.shape, tensor.stride(), strict=True)
         values = self._drawn(1 + sum((size - 1) * stride for size, stride in sizes))
         return values.to(tensor.dtype).as_strided(tensor.shape, tensor.stride())

@@ -117,7 +117,7 @@ def _watched_size(model: nn.Module, run: Callable[[nn.Module, torch.Tensor], obj
 
     That is the least size of all tables that ids index.
     """
-    tokens = (torch.arange(16) % 2).view(2, 8)
+    tokens = (torch.arange(16, device="cpu") % 2).view(2, 8)
     failure = ""
     with ghosts_of(model) if is_on_meta(model) else nullcontext():
         tokens = tokens.to(_device(model))
@@ -151,7 +151,7 @@ def example_tokens(
     generator = torch.Generator().manual_seed(seed)
     size = vocabulary or vocabulary_size(model)
     low = min(8, size // 2)
-    return torch.randint(low, size, shape, generator=generator).to(_device(model))
+    return torch.randint(low, size, shape, generator=generator, device="cpu").to(_device(model))
 
 
 def tokens_of(model: nn.Module, scene: Scene, seed: int = 0) -> torch.Tensor:

@@ -235,7 +235,7 @@ class _Forced(LogitsProcessor):
         self.tokens = list(tokens)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:  # noqa: ARG002
-        forced = torch.full(tuple(scores.shape), float("-inf"), dtype=scores.dtype)
+        forced = torch.full(tuple(scores.shape), float("-inf"), dtype=scores.dtype, device="cpu")
         forced[:, self.tokens.pop(0)] = 0.0
         return forced.to(scores.device)  # type: ignore[return-value]
 
