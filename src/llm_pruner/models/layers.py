@@ -151,9 +151,15 @@ def kept_layers(model: nn.Module, gone: Iterable[str]) -> dict[str, tuple[int, .
 def apply_layers(model: nn.Module, layers: Mapping[str, Sequence[int]]) -> None:
     """Keep only the given children of module lists, and state the new number in the settings.
 
-    A list-valued setting with one entry per layer keeps the entries of the layers that stay; lists
+    The settings are the model's own copies from then on: another model may be made of the same. A
+    list-valued setting with one entry per layer keeps the entries of the layers that stay; lists
     of token ids may have that length by chance and are left alone.
     """
+    settings = {id(config) for config in configs_of(model)}
+    memo: dict[int, Any] = {}  # what modules share stays shared
+    for module in model.modules() if layers else ():
+        held = {key: value for key, value in vars(module).items() if id(value) in settings}
+        vars(module).update(copy.deepcopy(held, memo))
     for path, kept in layers.items():
         count = keep_children(model, path, kept)
         for config in configs_of(model):

@@ -65,8 +65,9 @@ def prune_(
 
     Tied weights stay tied, ``requires_grad`` stays as it was, and removed layers are gone with all
     they hold. The new tensors hold exactly the values of the positions that were kept. A config of
-    transformers, and sizes that modules state and do not read, stay those of the dense model;
-    ``save_checkpoint`` writes the ones that fit.
+    transformers stays that of the dense model, but for layers: their number and what is listed for
+    each are set in a copy. So do sizes that modules state and do not read; ``save_checkpoint``
+    writes the ones that fit.
 
     Args:
         model: the model that was traced.
