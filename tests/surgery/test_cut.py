@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from torch import nn
 from families import discovered, make
 from helpers import tiny_model
 from llm_pruner.discovery.groups import discover
-from llm_pruner.errors import InfeasibleError
+from llm_pruner.errors import InfeasibleError, UserError
+from llm_pruner.importance import Criterion, score
 from llm_pruner.models.layers import apply_layers, layer_numbers
 from llm_pruner.models.modeling_pruned import set_own_
 from llm_pruner.surgery.cut import cut_, plan_edits
@@ -212,6 +214,24 @@ def test_removed_layers_renumber_the_rest() -> None:
     assert dense.config.num_hidden_layers == 3
 
 
+def test_settings_of_another_model_stay() -> None:
+    model, discovery = fresh("llama")
+    other = type(model)(model.config)
+    cut_(model, discovery, {"layers": np.array([0])})
+    assert (other.config.num_hidden_layers, model.config.num_hidden_layers) == (3, 2)
+    assert model.model.config is model.config is model.model.layers[0].self_attn.config
+
+
+def test_settings_within_settings_stay_shared() -> None:
+    text = SimpleNamespace(num_hidden_layers=2)
+    model, inner = nn.Module(), nn.Module()
+    model.config, model.inner = SimpleNamespace(text_config=text), inner
+    inner.config, inner.layers = text, nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    apply_layers(model, {"inner.layers": (1,)})
+    assert model.config.text_config is inner.config
+    assert (text.num_hidden_layers, inner.config.num_hidden_layers) == (2, 1)
+
+
 def test_lists_of_token_ids_are_no_lists_of_layers() -> None:
     model = make("llama", eos_token_id=[2, 3, 4])
     discovery = discover(model)
@@ -294,6 +314,26 @@ def test_another_model_than_the_traced_one_is_refused() -> None:
     cut_(model, discovery, removal)
     with pytest.raises(InfeasibleError, match=r"gate_proj.weight has shape \(39, 48\), the traced"):
         cut_(model, discovery, removal)
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_layers_that_are_gone_are_neither_cut_nor_scored_by_an_old_discovery(gone: int) -> None:
+    model, discovery = fresh("llama")
+    removal = {"layers": np.array([gone])}
+    cut_(model, discovery, removal)
+    with pytest.raises(InfeasibleError, match=r"layers\.2\.\S+ is gone, .* run discover again"):
+        cut_(model, discovery, removal)
+    with pytest.raises(UserError, match=r"layers\.2\.\S+ is gone, .* run discover again"):
+        score(model, discovery, Criterion("l1"), input_ids=None, seed=0)
+
+
+def test_layers_of_one_weight_that_are_gone() -> None:
+    model = tiny_model()
+    model.model.layers[2] = model.model.layers[0]
+    discovery = discover(model)
+    del model.model.layers[1]
+    with pytest.raises(InfeasibleError, match=r"layers\.2\.\S+ is gone"):
+        cut_(model, discovery, {})
 
 
 def test_pruned_model_can_be_traced_and_pruned_again() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from llm_pruner.discovery.tracing.provenance import put_back, spaces_of
+from llm_pruner.discovery.tracing.run import changed_since
 from llm_pruner.errors import UserError
 from llm_pruner.importance.criteria import MEASURES, Criterion
 from llm_pruner.importance.observing import last_members, measure
@@ -66,10 +67,13 @@ def score(
         Group name -> finite float64 scores of shape (size,), in the order of ``discovery``.
 
     Raises:
-        UserError: an unknown group; layers that are named, by a criterion on inputs of linear
-            modules; no, or unusable, calibration tokens; a sample whose loss is NaN
-            or infinite (named); a tensor whose weights or gradients are not finite (named).
+        UserError: the model is not the one that was traced; an unknown group; layers that are
+            named, by a criterion on inputs of linear modules; no, or unusable, calibration tokens;
+            a sample whose loss is NaN or infinite (named); a tensor whose weights or gradients are
+            not finite (named).
     """
+    if changed := changed_since(model, discovery):
+        raise UserError(f"{changed}: run discover again on the model as it is now")
     chosen = _choose(discovery, criterion, groups)
     if criterion.name == "random":
         return {group.name: _random(group, seed) for group in chosen}

@@ -13,12 +13,11 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from llm_pruner.discovery.tracing.provenance import WEIGHTS, descriptions, spaces_of
-from llm_pruner.discovery.tracing.run import named_tensors
+from llm_pruner.discovery.tracing.run import changed_since, named_tensors
 from llm_pruner.errors import InfeasibleError
 from llm_pruner.models.layers import (
     Renaming,
     apply_layers,
-    configs_of,
     kept_layers,
     layer_numbers,
     set_attributes_,
@@ -51,7 +50,8 @@ def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edit
             units, or the model is not the one that was traced; names the groups.
     """
     _require_units(discovery, removal)
-    _require_shapes(model, discovery)
+    if changed := changed_since(model, discovery):
+        raise InfeasibleError(f"{changed}: run discover again on the model as it is now")
     _require_buffers(model, discovery, removal)
     graph = discovery.graph
     layers = kept_layers(model, removed_modules(discovery, removal))
@@ -114,15 +114,6 @@ def _require_choices(discovery: Discovery, removal: Removal) -> None:
             raise InfeasibleError(
                 f"removing units of {', '.join(name for name in removal if len(removal[name]))}: "
                 f"{choice.count} are chosen for every token, of {left} that are left; keep more"
-            )
-
-
-def _require_shapes(model: nn.Module, discovery: Discovery) -> None:
-    for name, parameter in model.named_parameters():
-        if discovery.shapes.get(name) != tuple(parameter.shape):
-            raise InfeasibleError(
-                f"{name} has shape {tuple(parameter.shape)}, the traced model "
-                f"{discovery.shapes.get(name)}: trace the model that is to be pruned"
             )
 
 
@@ -279,8 +270,7 @@ class Undo:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        spaces = [*spaces_of(model), *(vars(config) for config in configs_of(model))]
-        self._held = {id(space): (space, dict(space)) for space in spaces}
+        self._held = {id(space): (space, dict(space)) for space in spaces_of(model)}
         # TorchScript keeps what a module holds outside of Python.
         scripted = (one for one in model.modules() if isinstance(one, torch.jit.ScriptModule))
         self._scripted = [

@@ -45,7 +45,7 @@ from llm_pruner.models.forward import (
     logits_of,
     parameters_of,
 )
-from llm_pruner.types import IntArray
+from llm_pruner.types import Discovery, IntArray
 
 LARGE = 50_000_000
 """Parameters from which on a model is traced on stand-ins for its weights."""
@@ -64,6 +64,23 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
         for key, value in vars(module).items():
             if isinstance(value, torch.Tensor):
                 yield f"{path}.{key}" if path else key, value, True
+
+
+def changed_since(model: nn.Module, discovery: Discovery) -> str:
+    """Return which parameter is not as when the model was traced, and how; empty if all are.
+
+    Where layers went, names of the last ones are gone, and others mean a later layer.
+    """
+    shapes = discovery.shapes
+    tied = {name: shapes[first] for name, first in discovery.aliases.items() if first in shapes}
+    traced = {**shapes, **tied}
+    found = {name: tuple(tensor.shape) for name, tensor, _ in named_tensors(model)}
+    for name in (*dict(model.named_parameters()), *traced):
+        now, before = found.get(name), traced.get(name)
+        if now != before:
+            is_now = "is gone" if now is None else f"has shape {now}"
+            return f"{name} {is_now}, the traced model {'has none' if before is None else before}"
+    return ""
 
 
 def vocabulary_size(
