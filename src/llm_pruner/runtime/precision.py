@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -32,13 +32,8 @@ def fast_products() -> Iterator[None]:
 
     Sums and results are float32, also where modules multiply in bfloat16 outside.
     """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with _products("medium"), torch.autocast("cpu", enabled=False):
+        yield
 
 
 def rounded(factor: torch.Tensor) -> torch.Tensor:
@@ -57,13 +52,29 @@ def exact_products() -> Iterator[None]:
 
     Nor does transformers take kernels of packages such as flash-linear-attention, which round them.
     """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    with _products("highest"), torch_functions():
+        yield
+
+
+@contextmanager
+def _products(precision: str) -> Iterator[None]:
+    """Inside, float32 products are of a precision, for whatever backend another was set before."""
+    backends: tuple[Any, ...] = (
+        torch.backends.cuda.matmul,
+        getattr(torch.backends.mkldnn, "matmul", None),
+    )
+    before = [(one, one.fp32_precision) for one in backends if hasattr(one, "fp32_precision")]
+    of_all = None
+    with suppress(RuntimeError):  # where that of a backend was set alone
+        of_all = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
     try:
-        with torch_functions():
-            yield
+        yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if of_all is not None:
+            torch.set_float32_matmul_precision(of_all)
+        for backend, value in before:  # PyTorch from 2.9 on
+            backend.fp32_precision = value
 
 
 @contextmanager
