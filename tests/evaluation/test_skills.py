@@ -194,6 +194,19 @@ def test_code_without_generate_writes_the_same(monkeypatch: pytest.MonkeyPatch) 
     assert [one.text for one in write_batch(model, tokenizer, prompts, stop)] == stopped
 
 
+def test_code_with_another_generate_writes_the_same() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    prompts = ("A bridge", "x")
+    expected = write_batch(model, tokenizer, prompts, Asked(prompts, 6, ""))
+
+    class Own(type(model)):  # type: ignore[misc]
+        def generate(self, idx: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+            raise AssertionError
+
+    model.__class__ = Own
+    assert write_batch(model, tokenizer, prompts, Asked(prompts, 6, "")) == expected
+
+
 def test_prompts_of_programs_are_plain_text() -> None:
     asked = human_eval_prompts([PROBLEM])
     assert asked.prompts == (PROBLEM["prompt"].lstrip(),)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -149,8 +150,13 @@ def write_batch(model: Any, tokenizer: Any, prompts: Sequence[str], asked: Asked
 
 
 def generates(model: Any) -> bool:
-    """Whether a model can be asked for text; code that comes with one may lack that."""
-    return hasattr(model, "generate")
+    """Whether a model can be asked for text as those of transformers are.
+
+    Code that comes with one may lack that, or have a ``generate`` that takes other arguments.
+    """
+    way = getattr(model, "generate", None)
+    named = inspect.signature(way).parameters.values() if callable(way) else ()
+    return any(one.kind is one.VAR_KEYWORD for one in named)
 
 
 def token_by_token(
