@@ -120,8 +120,8 @@ PASSING = {
 }
 """Fields that tell of the run and the machine, not of the model."""
 
-SINCE = {"dtype", "max_tokens", "ids_digest", "text_digest"}
-"""Fields of a perplexity that came after the files were made."""
+SINCE = {"dtype", "max_tokens", "ids_digest", "text_digest", "fingerprint", "fingerprint_against"}
+"""Fields of a perplexity, and what tells models apart, that came after the files were made."""
 
 
 @pytest.fixture(scope="module")

@@ -130,6 +130,19 @@ def test_the_command_and_the_report_say_it(
     size = f"{report.sizes['dense'].total:,} parameters"
     assert f"of dense is no part of the report, which is about dense with {size}" in caplog.text
     assert read_report(small / "report.json").evaluations["dense"] == report.evaluations["dense"]
+    # Nor one of the same name and size, whose KL does not take the other's place either.
+    tuned = save_tiny(tmp_path / "tuned" / "dense", num_hidden_layers=3)
+    tiny_model(num_hidden_layers=3, max_position_embeddings=512, seed=1).save_pretrained(tuned)
+    before = read_report(small / "report.json").evaluations
+    done("evaluate", small, *asked[:4], "--against", tuned, "--report", small)
+    assert "of dense is no part of the report, which is about dense with other wei" in caplog.text
+    now = read_report(small / "report.json").evaluations
+    assert now["dense"] == before["dense"]
+    assert {*before["pruned"].measurements} < {*now["pruned"].measurements}
+    # What is measured again of the dense model does.
+    done("evaluate", small, *asked, "--report", small)
+    again = read_report(small / "report.json").evaluations["pruned"].measurements
+    assert [one.key for one in again] == [one.key for one in now["pruned"].measurements]
     # The same model under another name is not taken for it, which is said.
     renamed = dense.rename(tmp_path / "renamed")
     done("evaluate", small, *asked[:4], "--against", renamed, "--report", small)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,18 @@ from llm_pruner.types import Size
 
 _LOG = logging.getLogger(__name__)
 
-_SIZE = TypeAdapter(Size)
 _MEASURED = TypeAdapter(Measured)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Size and fingerprint of a model."""
+
+    size: Size
+    fingerprint: str
+
+
+_KNOWN = TypeAdapter(_Known)
 
 
 def measure(
@@ -107,9 +117,9 @@ def measure(
         ]
         del beside
         del loaded
-    name, size = _name_and_size(late)
+    size = _known(late).size
     begun = Measured(
-        model=name,
+        model=late.name,
         parameters=size.total,
         parameters_embedding=size.embedding,
         parameters_blocks=size.blocks,
@@ -121,13 +131,14 @@ def measure(
         late.unload()  # from here on, each is alone in memory
         late.room = settings.room
         of_dense = abilities(settings, prepare(settings), dense)  # a task runs once
-    against = _name_and_size(dense)[1].total if dense else None
+    against = _known(dense) if dense else None
     dense = None
     if asks:
         begun = _joined(begun, abilities(settings, prepared, late), of_dense)
     return replace(
         begun,
-        parameters_against=against,
+        parameters_against=None if against is None else against.size.total,
+        fingerprint_against=None if against is None else against.fingerprint,
         speed=_speed(settings, late, strict=strict) if settings.speed else None,
         samples={
             prompt: sample_continuation(
@@ -261,16 +272,15 @@ def _measure_there() -> None:
         answer("refused" if isinstance(error, UserError) else "failed", said)
 
 
-def _name_and_size(late: Late) -> tuple[str, Size]:
-    """Return name and size; of a model that is not loaded, from an earlier run if there was one."""
-    key = late.key(what="size")
-    known = None if late.is_loaded else stored(_SIZE, key)
-    if known is not None:
-        return late.name, known
-    size = model_size(late.loaded.model)
-    if key is not None:
-        result_cache.write(key, asdict(size))
-    return late.loaded.name, size
+def _known(late: Late) -> _Known:
+    """Return what tells of a model; if it is not loaded, from an earlier run if there was one."""
+    key = late.key(what="size and fingerprint")
+    known: _Known | None = None if late.is_loaded else stored(_KNOWN, key)
+    if known is None:
+        known = _Known(model_size(late.loaded.model), late.loaded.fingerprint)
+        if key is not None:
+            result_cache.write(key, asdict(known))
+    return known
 
 
 def read_texts(sources: Sequence[str], settings: PerplexitySettings) -> list[EvaluationText]:

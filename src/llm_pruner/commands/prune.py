@@ -790,7 +790,9 @@ class PruneRun:
         shared = {name: of for name, of in vars(done).items() if name in Report.model_fields}
         return Report(
             **shared | {"layers": facts.layers_of(done.layers), "repair": facts.repair_of(done)},
-            source=facts.source_of(settings.model, loaded.name, loaded.revision, self.network),
+            source=facts.source_of(
+                settings.model, loaded.name, loaded.revision, self.network, loaded.fingerprint
+            ),
             sizes={"dense": self.dense_size, "pruned": model_size(self.network)},
             importance=facts.importance_maps(self.discovery, self.scores, self.removal),
             criterion=facts.criterion_in_words(plan),

@@ -413,7 +413,9 @@ class _Run:
             report = recovery_report(
                 result,
                 earlier,
-                source=source_of(settings.model, loaded.name, loaded.revision, network),
+                source=source_of(
+                    settings.model, loaded.name, loaded.revision, network, loaded.fingerprint
+                ),
                 pruned=plan.is_file(),
                 size=model_size(network),
                 command=self.command,

@@ -76,6 +76,7 @@ class Source(_Part):
         hub_id: the same where the model came from the hub, else None.
         revision: commit on the hub, if known.
         license: identifier of its licence as the hub spells it, if known.
+        fingerprint: of shapes, config and weights, see ``models.load.fingerprint``, if known.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Source(_Part):
     revision: str | None = None
     architecture: str | None = None
     license: str | None = None
+    fingerprint: str | None = None
 
 
 class ImportanceRow(_Part):

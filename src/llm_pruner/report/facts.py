@@ -107,7 +107,9 @@ def layers_of(rows: Sequence[Layer]) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
-def source_of(model: str, name: str, revision: str | None, network: Any) -> data.Source:
+def source_of(
+    model: str, name: str, revision: str | None, network: Any, fingerprint: str | None = None
+) -> data.Source:
     """Return where a model came from, of which the user gave ``model`` and ``name`` is short."""
     local = model == DEFAULT or model.endswith(".gguf") or expanded(model).exists()
     return data.Source(
@@ -116,6 +118,7 @@ def source_of(model: str, name: str, revision: str | None, network: Any) -> data
         revision=revision,
         architecture=type(network).__name__,
         license=licence_of(model, revision),
+        fingerprint=fingerprint,
     )
 
 
@@ -234,12 +237,17 @@ def evaluation_of(found: Measured | Abilities) -> data.Evaluation:
     return data.Evaluation.model_validate(parts)
 
 
-def dense_evaluation(found: Measured, name: str, size: Size | None) -> data.Evaluation:
-    """Return what was measured of the dense model, of this name and size, beside another one.
+def dense_evaluation(found: Measured, source: data.Source, size: Size | None) -> data.Evaluation:
+    """Return what was measured of the dense model, of this source and size, beside another one.
 
     Folders of different models often have the same name.
     """
-    if size is None or size.total != found.parameters_against:
+    name = source.name
+    if (
+        size is None
+        or size.total != found.parameters_against
+        or source.fingerprint not in (None, found.fingerprint_against)
+    ):
         return data.Evaluation()
     texts = [one for one in found.perplexity if one.divergence and one.divergence.against == name]
     beside = data.Evaluation.model_validate({"perplexity": [one.dense for one in texts]})
@@ -279,7 +287,7 @@ def _shares(found: Measured | Abilities) -> Iterator[data.Measurement]:
         tasks = f"{', '.join(kept.tasks)} ({items:,} items)"
         name = f"accuracy above chance kept against {kept.against}, {tasks}"
         kind = None if found.zero_shot is None else found.zero_shot.dtype
-        of = digest_of([result.digest for result in counted], kind)
+        of = digest_of([result.digest for result in counted], kind, found.fingerprint_against)
         yield _between(name, "share", kept.value, kept.stderr, True, of)
 
 
@@ -325,12 +333,13 @@ def _measurements(found: Measured) -> Iterator[data.Measurement]:
     for text in found.perplexity:
         if (far := text.divergence) is not None:
             on = data.Perplexity.model_validate(text).label
+            of = digest_of(text.ids_digest, found.fingerprint_against)
             for name, unit, value, error in (
                 ("KL", "nats", far.kl, far.kl_stderr),
                 ("likeliest token changed", "share", far.changed, far.changed_stderr),
             ):
                 name = f"{name} against {far.against}, {on}"
-                yield _between(name, unit, value, error, False, text.ids_digest)
+                yield _between(name, unit, value, error, False, of)
     speed = found.speed
     if speed is None:
         return

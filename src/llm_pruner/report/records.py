@@ -130,6 +130,7 @@ class Measured:
         dense: the same tasks, skills and long answers of the dense model, if one was named.
         kept: accuracy above chance beside the dense model's.
         parameters_against: all parameters of the dense model.
+        fingerprint_against: tells it from others of its name, see ``models.load.fingerprint``.
     """
 
     model: str
@@ -145,6 +146,7 @@ class Measured:
     dense: Abilities | None = None
     kept: Kept | None = None
     parameters_against: int | None = None
+    fingerprint_against: str | None = None
 
 
 @dataclass(frozen=True)

@@ -67,11 +67,13 @@ def _add_evaluation(folder: Path, found: Measured, model: str) -> None:
     variant = _variant_of(folder, report, model, found)
     report = report.with_evaluation(variant, evaluation_of(found))
     size = report.sizes.get("dense")
-    if (dense := dense_evaluation(found, report.source.name, size)) != data.Evaluation():
+    if (dense := dense_evaluation(found, report.source, size)) != data.Evaluation():
         report = report.with_evaluation("dense", dense)
     elif other := against(found):
         name, source = visible(other), visible(report.source.name)
         of = "" if size is None else f" with {size.total:,} parameters"
+        if name == source and size is not None and size.total == found.parameters_against:
+            of = " with other weights"
         _LOG.warning(
             f"what was measured of {name} is no part of the report, which is about {source}{of}; "
             f"if they are one model, measure it with --report {folder}, too"
