@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ from llm_pruner.data.sequences import added_tokens, bare_ids, room_for_text
 from llm_pruner.data.text import CHAT, SELF, Documents, load_documents, running_text, shares_of
 from llm_pruner.data.turns import Turns
 from llm_pruner.errors import UserError
+from llm_pruner.files.disk import short_digest
 from llm_pruner.models.forward import check_length
 from llm_pruner.models.load import LoadedModel, load_tokenizer
 from llm_pruner.runtime.progress import Clock
@@ -108,7 +108,7 @@ def build_calibration(
         "samples": len(input_ids),
         "seq_len": asked.seq_len,
         "seed": seed,
-        "fingerprint": hashlib.sha256(input_ids.numpy().tobytes()).hexdigest()[:16],
+        "fingerprint": short_digest(input_ids.numpy().tobytes()),
     }
     rest_of_all = _spread([one.unseen for one in parts])
     return Calibration(input_ids, asked.calibration, settings, rest_of_all)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Any
 from llm_pruner.evaluation.answers import Answer, Asked
 from llm_pruner.evaluation.programs import run_program
 from llm_pruner.evaluation.zero_shot import TaskResult
+from llm_pruner.files.disk import short_digest
 from llm_pruner.runtime.progress import track
 
 GSM8K_TASK, GSM8K_METRIC = "gsm8k_cot", "exact_match,flexible-extract"
@@ -41,7 +41,7 @@ def share(held: Sequence[bool]) -> Share:
 
 def digest_of(*parts: Any) -> str:
     """Return the digest of what decides an answer but the model."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return short_digest(json.dumps(parts))
 
 
 @dataclass(frozen=True)

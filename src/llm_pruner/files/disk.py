@@ -9,13 +9,14 @@ written is read within bounds.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,65 +120,60 @@ def tidy(place: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(place.name)}\.(partial|old)-[a-z0-9_]{{8}}")
     with suppress(OSError):  # no such folder, or none that may be changed
         for left in [path for path in place.parent.iterdir() if pattern.fullmatch(path.name)]:
-            handle = _lock(left, wait=False)
-            if handle is not None:
-                try:
+            with locked(left) as held:
+                if held:
                     _clear(left, place)
-                finally:
-                    os.close(handle)
 
 
 @contextmanager
 def _beside(place: Path, what: Literal["partial", "old"], *, folder: bool) -> Iterator[Path]:
     """Yield a locked folder or file beside ``place``; whatever it holds goes at the end."""
-    prefix, handle = f".{place.name}.{what}-", None
-    while True:
-        if folder:
-            path = Path(tempfile.mkdtemp(prefix=prefix, dir=place.parent))
-        else:
-            opened, name = tempfile.mkstemp(prefix=prefix, dir=place.parent)
-            os.close(opened)
-            path = Path(name)
-        handle = _lock(path, wait=True)
-        if handle is not None or path.exists():
-            break
-        # Another process took it for one of a dead process before it was locked.
-    try:
+    prefix = f".{place.name}.{what}-"
+    with ExitStack() as stack:
+        while True:
+            if folder:
+                path = Path(tempfile.mkdtemp(prefix=prefix, dir=place.parent))
+            else:
+                opened, name = tempfile.mkstemp(prefix=prefix, dir=place.parent)
+                os.close(opened)
+                path = Path(name)
+            if stack.enter_context(locked(path, wait=True)) or path.exists():
+                break
+            # Another process took it for one of a dead process before it was locked.
+        stack.callback(_clear, path, place)
         yield path
-    finally:
-        _clear(path, place)
-        if handle is not None:
-            os.close(handle)
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Have other processes that ask for the same folder wait; not where nothing can be locked."""
-    handle = _lock(folder.resolve(), wait=True)
+def locked(path: Path, *, wait: bool = False, shared: bool = False) -> Iterator[bool | None]:
+    """Hold a file or folder, and yield whether it is held; a process that dies lets go of it.
+
+    Yields:
+        False if another process has it, or has removed it; None where nothing can be locked, as on
+        Windows, or cannot be told to be left by a dead process.
+    """
     try:
-        yield
+        import fcntl
+    except ImportError:
+        yield None
+        return
+    handle = held = None
+    try:
+        # NFS locks for one alone only what may be written.
+        access = os.O_RDONLY if shared or path.is_dir() else os.O_RDWR
+        handle = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK)
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(handle, kind | (0 if wait else fcntl.LOCK_NB))
+        held = os.path.samestat(os.fstat(handle), os.stat(path))
+    except (BlockingIOError, FileNotFoundError):
+        held = False
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield held
     finally:
         if handle is not None:
             os.close(handle)
-
-
-def _lock(path: Path, *, wait: bool) -> int | None:
-    """Return a handle that holds ``path`` while it is open; None if it cannot be had."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows, where nothing can be told to be left by a dead process
-        return None
-    handle = None
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        if os.path.samestat(os.fstat(handle), os.stat(path)):
-            return handle
-    except OSError:  # held, gone, or a file system without locks
-        pass
-    if handle is not None:
-        os.close(handle)
-    return None
 
 
 def _clear(left: Path, place: Path) -> None:
@@ -279,6 +275,12 @@ def _system_errors() -> Iterator[None]:
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+
+
+def short_digest(*parts: str | bytes) -> str:
+    """Return 16 hex digits of the SHA-256 of what is given, one after the other."""
+    data = [part.encode() if isinstance(part, str) else part for part in parts]
+    return hashlib.sha256(b"".join(data)).hexdigest()[:16]
 
 
 def expanded(path: str | Path) -> Path:

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from llm_pruner.models.forward import run_for_logits
+from llm_pruner.models.forward import own_forward, run_for_logits
 from llm_pruner.models.layers import heaviest, is_layer_list
 from llm_pruner.models.streaming import turn
 
@@ -97,17 +97,10 @@ class Chain:
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Route every block's forward through the handler of the pass in progress."""
-        before = [vars(block).get("forward") for block in self.blocks]
-        try:
+        with own_forward(*self.blocks):
             for index, block in enumerate(self.blocks):
                 block.forward = partial(self._forward, index, block.forward)
             yield
-        finally:
-            for block, own in zip(self.blocks, before, strict=True):
-                if own is None:
-                    vars(block).pop("forward", None)
-                else:
-                    block.forward = own
 
     def _forward(self, index: int, original: Call, /, *args: Any, **kwargs: Any) -> Any:
         if self._handler is None:

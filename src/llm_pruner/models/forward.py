@@ -227,6 +227,20 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             config.use_cache = value
 
 
+@contextmanager
+def own_forward(*modules: nn.Module) -> Iterator[None]:
+    """Give modules their forward pass back at the end, also after what accelerate makes of it."""
+    names = ("forward", "_original_forward")
+    before = [{name: vars(one)[name] for name in names if name in vars(one)} for one in modules]
+    try:
+        yield
+    finally:
+        for module, own in zip(modules, before, strict=True):
+            for name in names:
+                vars(module).pop(name, None)
+            vars(module).update(own)
+
+
 def leave_weights_(model: nn.Module) -> None:
     """Have a model compute with its weights as they are.
 

@@ -7,7 +7,6 @@ the run, so equal inputs give equal bytes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llm_pruner.errors import PlanError, UserError
-from llm_pruner.files.disk import parse_json, read_text
+from llm_pruner.files.disk import parse_json, read_text, short_digest
 from llm_pruner.files.ranges import MOST_UNITS, format_ranges, parse_ranges
 from llm_pruner.planning.constraints import check
 from llm_pruner.surgery.removal import count_parameters
@@ -186,7 +185,7 @@ def fingerprint(discovery: Discovery) -> str:
             sorted(discovery.aliases.items()),
         ]
     )
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    return short_digest(content)
 
 
 def read_plan(source: str | Path) -> Plan:

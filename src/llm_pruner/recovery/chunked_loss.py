@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from llm_pruner.models.forward import own_forward
 from llm_pruner.recovery.objective import Objective, WithGradient
 from llm_pruner.recovery.packing import Batch, arguments_of, target_logits
 
@@ -200,21 +201,16 @@ def _before_head(model: Any, batch: Batch) -> tuple[nn.Module, torch.Tensor] | N
         seen.append(_Reaching.apply(chosen, *weights))
         return seen[0]
 
-    whole = vars(head).get("forward")
     drawn = _random_state(head)
-    head.forward = stand_in
     try:
-        output = model(**arguments_of(model, batch))
+        with own_forward(head):
+            head.forward = stand_in
+            output = model(**arguments_of(model, batch))
         untouched = len(seen) == 1 and seen[0]._version == 0 and _is_same(output.logits, seen[0])
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, IndexError):
         untouched = False  # if this was not the reason, the whole model says so again
-    finally:
-        if whole is None:
-            del head.forward
-        else:
-            head.forward = whole
     if not untouched:
         _set_random_state(head, drawn)  # all of it runs again, and drops out what it would have
         if rows != length:

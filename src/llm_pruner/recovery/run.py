@@ -21,7 +21,7 @@ from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import new_folder
 from llm_pruner.files.outputs import free_bytes
-from llm_pruner.models.forward import embedding_rows
+from llm_pruner.models.forward import embedding_rows, own_forward
 from llm_pruner.models.layers import own_copy
 from llm_pruner.recovery import checkpoint as state
 from llm_pruner.recovery.callbacks import Guard, Progress, evaluation_interval
@@ -185,7 +185,7 @@ def recover_(
 
         trainer.add_callback(Guard(trainer, scored_on_the_way, say))
         initial = state.trained_weights(trained)
-        with _own_forward(trained):
+        with own_forward(trained):
             _train(trainer, checkpoint)
         before = run.evaluations[0] if run.before is None else run.before
         best = initial if trainer.best_weights is None else trainer.best_weights
@@ -341,19 +341,6 @@ def _same_config(model: Any) -> Iterator[None]:
         for one, old in held:
             vars(one).clear()
             vars(one).update(old)
-
-
-@contextmanager
-def _own_forward(model: Any) -> Iterator[None]:
-    """Give a model its forward pass back; accelerate's multiplies in bfloat16 for good."""
-    own = vars(model).get("forward")
-    try:
-        yield
-    finally:
-        for name in ("forward", "_original_forward"):
-            vars(model).pop(name, None)
-        if own is not None:
-            model.forward = own
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import expanded, held
+from llm_pruner.files.disk import expanded, locked
 from llm_pruner.files.outputs import rewrite
 from llm_pruner.report import data, figures, view
 from llm_pruner.report.facts import against, dense_evaluation, evaluation_of
@@ -58,7 +58,8 @@ def add_evaluation(folder: Path, found: Measured, model: str) -> None:
     Raises:
         UserError: the folder has no report that can be read, or it is not of the ``model`` named.
     """
-    with held(folder):  # of two that end at once, the second adds to what the first wrote
+    # Of two that end at once, the second adds to what the first wrote.
+    with locked(folder.resolve(), wait=True):
         _add_evaluation(folder, found, model)
 
 

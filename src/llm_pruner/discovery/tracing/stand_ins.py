@@ -24,6 +24,7 @@ from torch.overrides import _get_current_function_mode, handle_torch_function
 from torch.utils._python_dispatch import _disable_current_modes
 
 from llm_pruner.discovery.tracing.sizes import TracedShape, plain
+from llm_pruner.models.forward import own_forward
 from llm_pruner.runtime.precision import torch_functions
 
 COMPILED_CODE = "compiled code"
@@ -127,9 +128,8 @@ def _script_method(method: Any, *args: Any, **kwargs: Any) -> Any:
 def _script_module(module: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a module in TorchScript with the forward pass that it was made from, if it is known."""
     kind = getattr(vars(module).get("_concrete_type"), "py_class", None)
-    with ExitStack() as stack:
+    with own_forward(module):
         if kind is not None and "forward" in vars(module):
-            stack.callback(vars(module).__setitem__, "forward", vars(module)["forward"])
             vars(module)["forward"] = partial(kind.forward, module)
         return nn.Module.__call__(module, *args, **kwargs)
 
