@@ -20,8 +20,6 @@ class Exported:
     """A file that another program reads.
 
     Attributes:
-        to, type: as asked for.
-        bytes: of the file.
         facts: what the format says of it, such as the architecture that the program knows.
     """
 
@@ -34,12 +32,7 @@ class Exported:
 
 
 def export(settings: ExportSettings) -> Exported:
-    """Write a model as a file of another program.
-
-    Raises:
-        UserError: the program has no such models, the tokenizer cannot be told, the type cannot be
-            made here, or the file cannot be written; all before anything is.
-    """
+    """Write a model as a file of another program; UserError, before that, if it cannot be."""
     form, out = entry("export/formats", settings.to), settings.out
     form.require(settings.type, settings.like)
     check_new_file(out, form.MAGIC, settings.overwrite, settings.reads)

@@ -136,11 +136,7 @@ def check_windows(
     asked: PerplexitySettings,
     option: str | None = "--seq-len",
 ) -> None:
-    """Raise UserError if a text is too short to measure on, or a window too long; see above.
-
-    Args:
-        option: what asks for other windows; None if nothing does.
-    """
+    """Raise UserError if a text is too short, or a window too long; ``option`` asks for others."""
     _windows(model, tokenizer, text, asked, option)
 
 
@@ -344,11 +340,9 @@ def _sums(
     dense: LoadedModel | None,
     network: Any,
 ) -> torch.Tensor:
-    """Return what ``_losses`` yields of a batch.
+    """Return what ``_losses`` yields of a batch, beside the dense model's logits.
 
-    Args:
-        other: the dense model's logits.
-        first: number of the first window, of how many ``name`` says, and of what.
+    ``first``: number of the first window, of how many ``name`` says, and of what.
     """
     logits = _logits(batch, network)
     if dense is not None and other is not None and logits.shape != other.shape:

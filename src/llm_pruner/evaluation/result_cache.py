@@ -137,11 +137,6 @@ def shared_corpora(model: str, sources: Collection[str], revision: str | None = 
 
     Sources are of one corpus if they have the same file name, or both names are of one family
     (WikiText, Penn Treebank, C4, BookCorpus), whatever the split.
-
-    Args:
-        model: hub id, folder or file.
-        sources: names of texts.
-        revision: branch, tag or commit, if it is a hub id.
     """
     if not sources:
         return []

@@ -31,11 +31,8 @@ interrupted."""
 def new_folder(place: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``place`` that takes its place when the block ends well.
 
-    What is there goes only then. If the block raises, nothing has changed, but for the parents
-    of ``place`` that other processes use by now.
-
-    Raises:
-        OSError: also where a library written in Rust raises an error of its own for one.
+    What is there goes only then. If the block raises, nothing has changed, but for the parents of
+    ``place`` that other processes use by now. What a library in Rust raises becomes OSError.
     """
     made = make_parents(place.parent)
     try:
@@ -93,10 +90,7 @@ def _move(folder: Path, place: Path) -> None:
 
 
 def can_move(folder: Path) -> bool:
-    """Whether a folder can step aside: one that an overlay shows of a lower layer cannot.
-
-    Nothing moves: what it is tried on is a full folder, which is not replaced.
-    """
+    """Whether a full folder can step aside: one that an overlay shows of a lower layer cannot."""
     with _beside(folder, "old", folder=True) as aside:
         (aside / folder.name / "full").mkdir(parents=True)
         try:
@@ -235,10 +229,8 @@ def flush(path: Path) -> None:
 def allocate(file: Path, size: int) -> None:
     """Make a file of ``size`` bytes, zeros where it had none, whose room on the disk is its own.
 
-    A hole that is filled through a memory map would end the process when the disk is full.
-
-    Raises:
-        OSError: there is no room; a file that was not there is not there.
+    A hole that is filled through a memory map would end the process when the disk is full. Raises
+    OSError if there is no room; a file that was not there is not there.
     """
     new = not file.exists()
     try:
@@ -300,12 +292,7 @@ MOST_BYTES = 64 * 2**20
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a file of at most ``MOST_BYTES``.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is larger, or not UTF-8.
-    """
+    """Return the text of a file; OSError, or ValueError beyond ``MOST_BYTES`` or if not UTF-8."""
     # The size that the system states says nothing of a device or a pipe.
     with file.open("rb") as stream:
         data = stream.read(MOST_BYTES + 1)
@@ -315,11 +302,7 @@ def read_text(file: Path) -> str:
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:
-    """Return what a JSON text says; ``options`` are those of ``json.loads``.
-
-    Raises:
-        ValueError: it is no JSON, or nested too deeply to be read.
-    """
+    """Return what a JSON text says; ValueError if it is none or nested too deeply to be read."""
     try:
         return json.loads(text, **options)
     except RecursionError:
@@ -327,11 +310,7 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
 
 
 def read_json(file: Path) -> Any:
-    """Return what a JSON file says.
-
-    Raises:
-        OSError, ValueError: as ``read_text`` and ``parse_json``.
-    """
+    """Return what a JSON file says; raise as ``read_text`` and ``parse_json``."""
     return parse_json(read_text(file))
 
 

@@ -38,7 +38,6 @@ class PlanModel(_Strict):
         name: hub id, folder or file that the user gave.
         revision: hub revision, if known.
         fingerprint: of the structure, as `fingerprint` gives it.
-        parameters: number of parameters, tied ones once.
     """
 
     name: str
@@ -191,9 +190,8 @@ def fingerprint(discovery: Discovery) -> str:
 def read_plan(source: str | Path) -> Plan:
     """Return the Plan in a file, or in a text that starts with a brace.
 
-    Raises:
-        UserError: no such file, not UTF-8, or not JSON (with line and column).
-        PlanError: fields that are missing, unknown or of the wrong type; all of them.
+    Raises UserError if it is no JSON file (with line and column), PlanError for wrong fields, all
+    of them.
     """
     written = isinstance(source, str) and source.lstrip().startswith("{")
     where = "the plan" if written else f"plan {source}"
