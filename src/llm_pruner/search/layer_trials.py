@@ -153,14 +153,9 @@ def measure_layers(
 
 def judged(held_out: torch.Tensor, parameters: int) -> torch.Tensor:
     """Return what the trials of a model of this size are judged on, of (samples, seq_len)."""
-    tokens = judging_tokens(parameters)
+    tokens = min(TOKENS, max(FEWEST, WORK // parameters))
     length = min(held_out.shape[1], max(_LENGTH, tokens // len(held_out)))
     return held_out[:: -(-len(held_out) * length // tokens), :length]
-
-
-def judging_tokens(parameters: int) -> int:
-    """Return how many tokens the trials of a model of this size are judged on, at most."""
-    return min(TOKENS, max(FEWEST, WORK // parameters))
 
 
 def _competing(candidates: AllCandidates, selection: Selection) -> list[Candidates]:
