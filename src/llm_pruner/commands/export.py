@@ -17,11 +17,7 @@ from llm_pruner.settings.registry import entry
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that another program reads.
-
-    Attributes:
-        facts: what the format says of it, such as the architecture that the program knows.
-    """
+    """A file that another program reads; ``facts`` are what the format says of it."""
 
     model: str
     to: str

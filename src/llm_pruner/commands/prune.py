@@ -169,8 +169,7 @@ class PruneRun:
     def carry_out(self) -> Pruned:
         """Go through all stages: save a folder that ``from_pretrained`` loads, or the plan alone.
 
-        Nothing is written where it raises UserError, or VerificationError: the model is not its
-        twin.
+        Raises UserError, or VerificationError if it is not its twin; nothing is written then.
         """
         try:
             return self._carry_out()

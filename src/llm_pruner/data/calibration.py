@@ -329,8 +329,7 @@ def _pack(
 
 
 def check_calibration(asked: CalibrationSettings, model: ModelSettings | None = None) -> Any:
-    """Raise UserError if the calibration text cannot be read; return the tokenizer, if one was
-    needed.
+    """Raise UserError if the calibration text cannot be read; return the tokenizer, if needed.
 
     ``model``: whose tokenizer tells lengths and writes chats; None if that is not to be known yet.
     """

@@ -156,8 +156,7 @@ def has_fields(source: str) -> bool:
 def with_field(read: Callable[[str | None], T], text_field: str | None, others: Iterable[str]) -> T:
     """Read a source beside others: ``--text-field`` may be about one of these.
 
-    Raises UserError as reading does, with the field or without, or if none of the others has
-    fields.
+    Raises UserError as reading does, with the field or without, or if no other has fields.
     """
     try:
         return read(text_field)

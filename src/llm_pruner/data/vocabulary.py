@@ -30,8 +30,7 @@ _BATCH, _PIECE = 1000, 2**20
 def vocabulary_of(tokenizer: Any, needed: Collection[int] = ()) -> Vocabulary:
     """Return what a tokenizer knows; ``needed`` stay whatever a text has, with what makes them.
 
-    Raises UserError if one of these is unknown, or it is no byte-pair encoding or Unigram of
-    ``tokenizers``.
+    Raises UserError if one of these is unknown, or it is no BPE or Unigram of ``tokenizers``.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = {} if backend is None else json.loads(backend.to_str())["model"]

@@ -90,8 +90,7 @@ def stored(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
 def in_turns(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return a copy that computes in another type, and has each block's weights in it for its turn.
 
-    It shares the weights of ``model``, which is in memory and stays as it is. NeedsMemory:
-    `stream_`.
+    It shares the weights of ``model``, which is in memory and stays. Raises NeedsMemory: `stream_`.
     """
     memo: dict[int, Any] = {id(one): one.detach() for one in model.buffers()}
     for one in model.parameters():

@@ -25,8 +25,7 @@ _PROBE = (
 
 
 def read_tokenizer(source: str, shared: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """Return a tokenizer with the tokens of its ``tokenizer.json``, if its folder or hub id has
-    one.
+    """Return a tokenizer with the tokens of its ``tokenizer.json``, if its folder or id has one.
 
     ``shared`` is what else ``from_pretrained`` is given. Raises whatever tokenizers' code raises.
     """

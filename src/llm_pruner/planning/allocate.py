@@ -117,8 +117,7 @@ def check_reachable(
 ) -> None:
     """Raise what `allocate` would raise for this model whatever the importance is.
 
-    With one ranking over all groups it is not known before whether a removal lies within 0.5
-    points.
+    With one ranking over all groups a removal within 0.5 points may not be there all the same.
     """
     scores = {group.name: np.zeros(group.size) for group in discovery.groups}
     if selection.scope == "local":

@@ -194,8 +194,7 @@ def make_queue(
 ) -> Queue:
     """Return the increments of all owners sorted by ``keys``, then by owner, then as they come.
 
-    ``owners`` move together, by keys of the first; ``keys``: candidates -> keys, the first counts
-    most.
+    ``owners`` move together, by keys of the first; ``keys``: candidates -> keys, the main first.
     """
     columns = [np.concatenate([key(owner[0]) for owner in owners]) for key in keys]
     index = np.concatenate(

@@ -190,8 +190,7 @@ def fingerprint(discovery: Discovery) -> str:
 def read_plan(source: str | Path) -> Plan:
     """Return the Plan in a file, or in a text that starts with a brace.
 
-    Raises UserError if it is no JSON file (with line and column), PlanError for wrong fields, all
-    of them.
+    Raises UserError if it is no JSON file (with line and column), PlanError for all wrong fields.
     """
     written = isinstance(source, str) and source.lstrip().startswith("{")
     where = "the plan" if written else f"plan {source}"

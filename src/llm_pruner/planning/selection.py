@@ -63,10 +63,9 @@ class Target:
         return ", ".join(f"{name}={value}" for name, value in self._given().items())
 
     def kept(self, dense: int) -> int:
-        """Return how much to keep of ``dense`` parameters, or bytes of cache per token; no ratio of
-        units.
+        """Return how much to keep of ``dense`` parameters, or bytes of cache per token.
 
-        Raises UserError if ``params`` is not below ``dense``.
+        Raises UserError if ``params`` is not below ``dense``. Not for a ``unit_ratio``.
         """
         share = self.ratio if self.kv_cache is None else self.kv_cache
         if share is not None:

@@ -49,8 +49,7 @@ def score(
 ) -> Evaluation:
     """Return the score of a model in eval mode, over the batches of all processes.
 
-    The batches are of ``sequences``, the held-out samples of ``sources`` different sources, as is
-    ``teacher``.
+    The batches are of ``sequences``, held out of so many ``sources``, as is ``teacher``.
     """
     label = f"held-out text, {f'step {step}' if step else 'before training'}"
     sums = torch.zeros(sources, dtype=torch.float64)

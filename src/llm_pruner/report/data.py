@@ -359,8 +359,7 @@ class ControlRow(_Part):
 class ControlText(_Part):
     """The dense and the pruned model, each with and without the same training, on one text.
 
-    Attributes:
-        damage: perplexity of pruned + training as a ratio to dense + training.
+    ``damage``: perplexity of pruned + training as a ratio to dense + training.
     """
 
     columns: ClassVar = ("model", "perplexity", "KL, nats", "changed")

@@ -200,8 +200,7 @@ def own_device(device: str) -> str:
 def joined(device: str) -> Iterator[Processes]:
     """Join the processes that a launcher started, on ``device``; part when the block ends well.
 
-    Raises UserError if they were started for what recovery does not do, or do not know where to
-    meet.
+    Raises UserError if they were started for something else, or do not know where to meet.
     """
     for variable, kind in _REFUSED.items():
         if _asked(variable):

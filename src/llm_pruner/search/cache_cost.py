@@ -30,8 +30,7 @@ def cache_cost(
 ) -> Cost:
     """Return the cost of the units that the selection may remove, in bytes of cache per token.
 
-    ``dense`` has bytes of the dense model; None if this is it. Raises UserError where nothing grows
-    or changes.
+    ``dense``: bytes of the dense model; None if this is it. Raises UserError if nothing changes.
     """
     total = _bytes(model)
     if total == 0:
