@@ -43,10 +43,7 @@ SHARD = "1GB"
 
 
 def check_saved_by_shard(model: PreTrainedModel) -> None:
-    """Raise NeedsMemory if a shard of what is read block by block might end within a weight.
-
-    That is where files hold several weights of a model as one.
-    """
+    """Raise NeedsMemory if a shard of streamed weights might end within one that joins several."""
     conversions = getattr(model, "_weight_conversions", None) or ()
     joins = (one for one in conversions if isinstance(one, WeightConverter))
     if is_model_streamed(model) and any(len(one.target_patterns) > 1 for one in joins):

@@ -59,9 +59,7 @@ class Trimmed:
     """A model with fewer tokens. What changed is measured on a part of the text that was not read.
 
     Attributes:
-        tokens, parameters: of dense and smaller model.
         bits_per_byte: mean loss over the bytes of the text, which does not depend on its tokens.
-        tokens_per_kilobyte: how many tokens the text takes.
         difference: largest absolute difference of logits of tokens that stayed.
         kept: the old ids of the tokens, in the order of their new ones.
     """
@@ -82,10 +80,8 @@ class Trimmed:
 def vocab(settings: VocabSettings) -> Trimmed:
     """Save a model without the tokens that a text does not need.
 
-    Raises:
-        UserError: the folder cannot be written, the text is too short, or the model, the tokenizer
-            or the size cannot be had.
-        VerificationError: the smaller model gives other logits; nothing is written.
+    Raises UserError where that cannot be, VerificationError where the smaller model gives other
+    logits; nothing is written.
     """
     only_one("vocab")
     check_output(settings.out, settings.overwrite, settings.reads)

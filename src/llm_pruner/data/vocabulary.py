@@ -28,14 +28,9 @@ _BATCH, _PIECE = 1000, 2**20
 
 
 def vocabulary_of(tokenizer: Any, needed: Collection[int] = ()) -> Vocabulary:
-    """Read the vocabulary of a tokenizer.
+    """Return what a tokenizer knows; ``needed`` stay whatever a text has, with what makes them.
 
-    Args:
-        needed: tokens that stay whatever the text has, each with those that it is made of.
-
-    Raises:
-        UserError: one of these is not in it, or it is not of the ``tokenizers`` library, or neither
-            byte-pair encoding nor Unigram.
+    Raises UserError if one of these is unknown, or it is no BPE or Unigram of ``tokenizers``.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = {} if backend is None else json.loads(backend.to_str())["model"]
@@ -208,10 +203,7 @@ def _renumber_(processor: Any, new: dict[int, int]) -> None:
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Yield texts together, those that are long in pieces that end with a line if they can.
-
-    What a tokenizer says of a text takes some forty times its room.
-    """
+    """Yield texts together, long ones in pieces: a tokenizer's answer takes 40 times the room."""
     batch, size = list[str](), 0
     for text in texts:
         start = 0

@@ -61,14 +61,9 @@ class _Special(gguf.SpecialVocab):
 
 
 def read_tokenizer(folder: Path, rows: int) -> dict[str, gguf.GGUFValue]:
-    """Return all keys of a GGUF file that tell of the tokenizer in a folder.
+    """Return all keys of a GGUF file that tell of the tokenizer in a folder, a token for each row.
 
-    Args:
-        folder: with ``tokenizer.json``, and the special tokens and chat template beside it.
-        rows: of the embedding; there is a token for each.
-
-    Raises:
-        UserError: it has no ``tokenizer.json``, or one that llama.cpp cannot follow.
+    Raises UserError: it has no ``tokenizer.json``, or one that llama.cpp cannot follow.
     """
     try:
         data = read_json(folder / "tokenizer.json")
@@ -104,11 +99,7 @@ def read_tokenizer(folder: Path, rows: int) -> dict[str, gguf.GGUFValue]:
 
 
 def copy_tokenizer(file: Path, rows: int) -> dict[str, gguf.GGUFValue]:
-    """Return the same keys of a GGUF file.
-
-    Raises:
-        UserError: it is no GGUF file, or its tokenizer has another number of tokens.
-    """
+    """Return the same keys of a GGUF file; UserError if it has another number of tokens."""
     try:
         fields = gguf.GGUFReader(file).fields
     except (OSError, ValueError, IndexError) as error:
