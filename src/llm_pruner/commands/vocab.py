@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ def vocab(settings: VocabSettings) -> Trimmed:
     counts = known.count(track(read, "tokens of texts"))
     kept = known.choose(counts, settings.size)
     smaller = known.cut(kept)
+    _require_same_text(tokenizer, smaller, apart)
     before = _measured(loaded, tokenizer, apart)
     difference, parameters, edits = _cut_(model, smaller, kept, apart)
     after = _measured(loaded, smaller, apart)
@@ -168,6 +170,19 @@ def _texts(settings: VocabSettings) -> tuple[list[str], str]:
             f"of all, and {LEAST} are needed; give more text"
         )
     return read, held_out
+
+
+def _require_same_text(dense: Any, smaller: Any, text: str) -> None:
+    """Raise UserError if a text is not read back from its tokens as it was with all of them."""
+    before, after = (one.decode(bare_ids(one, text)) for one in (dense, smaller))
+    if before != after:
+        same = [one == other for one, other in zip_longest(before, after)]
+        place = same.index(False)
+        was, now = (repr(one[place : place + 8]) for one in (before, after))
+        raise UserError(
+            f"with fewer tokens the tokenizer gives {now} for {was} of the text kept apart, so "
+            "tokens cannot be taken from it; nothing was written"
+        )
 
 
 def _measured(loaded: LoadedModel, tokenizer: Any, text: str) -> tuple[float, float]:

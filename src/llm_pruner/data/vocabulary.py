@@ -23,6 +23,7 @@ from llm_pruner.errors import UserError
 Ids = npt.NDArray[np.int64]
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 _BATCH, _PIECE = 1000, 2**20
 """Texts, and characters, that are tokenised together."""
 
@@ -83,7 +84,7 @@ class Vocabulary:
             made = {piece for piece in self._ids if len(piece) > 1 and not _BYTE.fullmatch(piece)}
         added = {one["id"] for one in self._data["added_tokens"]}
         self.size = 1 + max([*self._ids.values(), *added])
-        whole = bool(model.get("byte_fallback"))
+        whole = bool(model.get("byte_fallback")) and self._ids.keys() >= _BYTES
         atoms = (
             index
             for token, index in self._ids.items()
