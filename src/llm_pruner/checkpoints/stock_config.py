@@ -58,11 +58,11 @@ def stock_config(
     values = solver.solve(target)
     if values is None:
         return None
-    found = _accepted(meta.with_values(trials.config, values), pruned_model, target, edits)
+    found = accepted(meta.with_values(trials.config, values), pruned_model, target, edits)
     # Keys that the dense config leaves open stay open where the result is the same.
     for path in solver.opened:
         fewer = {other: value for other, value in values.items() if other != path}
-        if config := _accepted(meta.with_values(trials.config, fewer), pruned_model, target, edits):
+        if config := accepted(meta.with_values(trials.config, fewer), pruned_model, target, edits):
             values, found = fewer, config
     return found
 
@@ -338,7 +338,7 @@ def _votes(
     return [value for value, _ in votes.most_common(3)]
 
 
-def _accepted(
+def accepted(
     config: PreTrainedConfig, pruned: PreTrainedModel, target: meta.Sizes, edits: Edits
 ) -> PreTrainedConfig | None:
     """Return the config as loading will read it if it builds exactly the pruned model."""

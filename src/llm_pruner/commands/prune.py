@@ -17,7 +17,7 @@ from torch import nn
 
 from llm_pruner import planning
 from llm_pruner.checkpoints import SavedCheckpoint, save_checkpoint
-from llm_pruner.checkpoints.save import check_saved_by_shard, keep_type_, round_
+from llm_pruner.checkpoints.save import check_layers_left, check_saved_by_shard, keep_type_, round_
 from llm_pruner.commands import prune_start as start
 from llm_pruner.commands.inspect import tokens_go_first
 from llm_pruner.commands.publish import check_push
@@ -601,6 +601,8 @@ class PruneRun:
                 read.
         """
         self.surgeon.cut(discovery, removal)
+        if last and self.saves and (self.refits or self.repairs):
+            check_layers_left(self.network, self.surgeon.edits, self.dense_config)
         if self.refitter is None or self.text is None:
             return
         if last:
