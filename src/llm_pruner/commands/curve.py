@@ -274,9 +274,9 @@ class CurveRun:
     def _given(self) -> tuple[EvaluationText, PerplexitySettings]:
         """The text of ``--text``, and how it is measured on."""
         settings, longest = self.settings, maximum_length(self.loaded.model) or WINDOW
+        window = min(WINDOW, longest, settings.measured_tokens)
         asked = PerplexitySettings(
-            seq_len=min(WINDOW, longest, settings.measured_tokens),
-            max_tokens=settings.measured_tokens,
+            seq_len=window, max_tokens=max(settings.measured_tokens, 2 * window)
         )
         return _given_text(settings), asked
 

@@ -493,6 +493,18 @@ def check_data(settings: RecoverSettings) -> None:
         raise UserError(
             "--data self is text that the dense model writes; name that model with --teacher"
         )
+    mute = settings.teacher is not None and not settings.distils
+    if mute and SELF not in settings.data:
+        raise UserError(
+            "--distill-weight 0 leaves the teacher nothing to do; add --data self, which it "
+            "writes, or leave --teacher out"
+        )
+    for name in ("temperature", "teacher_top_k") if mute else ():
+        if name in settings.given:
+            raise UserError(
+                f"{option_name(name)} is about what the teacher says, of which --distill-weight 0 "
+                "hears nothing; leave one of them out"
+            )
     if PRUNED in settings.data:
         if settings.teacher is None:
             raise UserError(
