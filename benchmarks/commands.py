@@ -14,22 +14,42 @@ from pathlib import Path
 from typing import Any
 
 
+def found_in(file: Path, empty: Any) -> Any:
+    """Return the results in a file, or ``empty`` where it is not there."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else empty
+
+
 def results_in(
     file: Path, settings: dict[str, Any], parser: argparse.ArgumentParser, **empty: Any
 ) -> dict[str, Any]:
     """Return the results in a file, or ``empty`` ones under ``settings`` where it is not there.
 
-    Ends where those in the file are of other settings: rows of two would stand under one.
+    Ends where those in the file are of other settings: rows of two would stand under one. What may
+    differ between rows, such as the machine, stands in each row (`here` in ``machine.py``).
     """
-    if not file.exists():
-        return {"settings": settings, **empty}
-    results: dict[str, Any] = json.loads(file.read_text())
+    asked = json.loads(json.dumps(settings))
+    results: dict[str, Any] = found_in(file, {"settings": asked})
     there = results.get("settings", {})
-    other = [name for name in {**there, **settings} if there.get(name) != settings.get(name)]
+    other = [name for name in {**there, **asked} if there.get(name) != asked.get(name)]
     if other:
         names = ", ".join(other)
         parser.error(f"{file} holds rows of other settings ({names}); give another --out")
-    return results
+    return {"settings": asked, **empty, **results}
+
+
+def put(rows: list[dict[str, Any]], row: dict[str, Any], *names: str) -> None:
+    """Put a row in the place of the one that has the same under ``names``, or behind all."""
+    same = (n for n, one in enumerate(rows) if all(one.get(x) == row[x] for x in names))
+    place = next(same, len(rows))
+    rows[place : place + 1] = [row]
+
+
+def keep(file: Path, results: Any) -> None:
+    """Write results; the file is there whole at any moment."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    partial.replace(file)
 
 
 def name_of(model: str) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from commands import llm_pruner
+from commands import keep, llm_pruner
 from llm_pruner.files.outputs import MANIFEST
 from llm_pruner.report.write import REQUEST_FILE
 from machine import machine
@@ -133,7 +133,7 @@ def main() -> None:
         "files": sorted(left),
         "differ": differ,
     }
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    keep(options.out, result)
     print(f"{len(left)} files, {len(differ)} differ {differ}")
 
 

@@ -19,8 +19,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from commands import keep
+
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent / "tests/support"))
+# What makes the models is of today; the commands are of the source that PYTHONPATH names.
+sys.path[:0] = [str(HERE.parent / "src"), str(HERE.parent / "tests/support")]
 from command import save_tiny  # noqa: E402
 
 ATTACK = {"quant_method": "llm_pruner", "format_version": 1}
@@ -100,7 +103,7 @@ def main() -> None:
             text = json.dumps(found[case.__name__], indent=1).replace(f"{folder}/", "")
             found[case.__name__] = json.loads(text)
             print(case.__name__, text)
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    keep(options.out, found)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
         --out FILE [--plot FILE]
 
 Each command has a process of its own. OUT is written after each, and what is there is not made
-again. The seconds are those of the clock and of the processor, which hold on a busy machine, too.
-Beside them stands whether the plan of a point is, byte for byte, that of ``prune``.
+again; a curve that is there has to have the sizes that are asked for. The seconds are those of the
+clock and of the processor, which hold on a busy machine, too. Beside them stands whether the plan
+of a point is, byte for byte, that of ``prune``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from commands import found_in, keep
 from machine import machine
 
 
@@ -148,31 +150,30 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    rows = json.loads(options.out.read_text()) if options.out.exists() else {}
-    name = Path(options.model).name
-    row = rows.setdefault(
-        f"{name}, {options.preset}",
-        {"calibration": options.calibration.name, "machine": machine(), "prune": {}},
-    )
+    rows, name = found_in(options.out, {}), f"{Path(options.model).name}, {options.preset}"
+    text, ratios = options.calibration.name, [str(float(one)) for one in options.ratios.split(",")]
+    row = rows.setdefault(name, {"calibration": text, "machine": machine(), "prune": {}})
+    there = row["curve"]["points"] if "curve" in row else ratios
+    missing = [ratio for ratio in ratios if ratio not in there]
+    if row["calibration"] != text or missing:
+        what = f"no point at {', '.join(missing)}" if missing else f"read {row['calibration']}"
+        parser.error(f"the curve of {name} in {options.out} has {what}; give another --out")
     asked = [options.model, "--preset", options.preset, "--calibration", options.calibration]
-
-    def keep() -> None:
-        options.out.write_text(json.dumps(rows, indent=1) + "\n")
 
     if "curve" not in row:
         row["curve"] = curve(asked, options.ratios, options.measured_tokens)
-        keep()
-    for ratio in options.ratios.split(","):
+        keep(options.out, rows)
+    for ratio in ratios:
         if ratio not in row["prune"]:
             found = prune(asked, ratio)
             found["same_plan"] = found.pop("plan") == row["curve"]["plans"][ratio]
             row["prune"][ratio] = found
-            keep()
+            keep(options.out, rows)
     for what in ("seconds", "cpu_seconds"):
         total = sum(one[what] for one in row["prune"].values())
         row[f"prune_{what}"] = round(total, 1)
         row[f"prune_over_curve_{what}"] = round(total / row["curve"][what], 2)
-    keep()
+    keep(options.out, rows)
     print(json.dumps({key: value for key, value in row.items() if key.startswith("prune_")}))
     if options.plot is not None:
         plot(rows, options.plot)

@@ -21,15 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from commands import apart, results_in
+from commands import apart, keep, results_in
 from corpora import TOKENS, WINDOW, perplexities, read_texts
 from llm_pruner import PlanSettings, PruneSettings, UserError, read_plan
 from llm_pruner.commands.prune import PruneRun
 from llm_pruner.data.text import EvaluationText
 from llm_pruner.runtime.memory import PRUNING, keep_kernels, keep_large_blocks
-from machine import machine
+from machine import here
 
 
 def code_text(file: Path) -> EvaluationText:
@@ -101,12 +100,9 @@ def main() -> None:
     }
     results = results_in(options.out, settings, parser, dense={}, rows=[])
 
-    def save() -> None:
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
-
     if not results["dense"]:
         results["dense"] = apart(perplexities, options.model, texts, options.max_tokens)
-        save()
+        keep(options.out, results)
     there = {row["preset"] for row in results["rows"]}
     for preset in options.presets.split(","):
         if preset in there:
@@ -121,10 +117,9 @@ def main() -> None:
                 seed=options.seed,
             )
             found = measure(asked, texts, options.max_tokens, results["dense"])
-        versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-        row = {"preset": preset, **found, "machine": machine(), "versions": versions}
+        row = {"preset": preset, **found, **here()}
         results["rows"].append(row)
-        save()
+        keep(options.out, results)
         print(json.dumps(row), flush=True)
 
 

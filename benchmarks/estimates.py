@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from commands import found_in, keep
 from machine import machine
 
 
@@ -80,12 +81,12 @@ def main() -> None:
         f"{options.large.name}, paper": [large, *read, "--memory", "12GB"],
         f"{options.large.name}, paper, by block": [large, *read, "--memory", "2GB"],
     }
-    rows = json.loads(options.out.read_text()) if options.out.exists() else []
+    rows = found_in(options.out, [])
     for name, words in runs.items():
         if any(row["name"] == name for row in rows):
             continue
         rows.append(row_of(name, words, options.work))
-        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+        keep(options.out, rows)
         shown = ("name", "seconds", "peak_bytes", "seconds_off", "memory_off")
         print(json.dumps({key: rows[-1][key] for key in shown}), flush=True)
 

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
-from commands import found_by, llm_pruner
+from commands import found_by, keep, llm_pruner
 from machine import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -91,7 +91,7 @@ def main() -> None:
                     "dense_perplexity": text["divergence"]["perplexity"],
                 }
                 result["rows"].append(row)
-                options.out.write_text(json.dumps(result, indent=1) + "\n")
+                keep(options.out, result)
                 print(json.dumps(row), flush=True)
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from commands import keep, results_in
 from machine import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -57,17 +58,9 @@ def main() -> None:
     options = parser.parse_args()
     here = {name for name, (_, needed) in WAYS.items() if all(map(find_spec, needed))}
     asked = options.ways.split(",") if options.ways else [name for name in WAYS if name in here]
-    kept = json.loads(options.out.read_text()) if options.out.exists() else {}
-    rows: dict[str, Any] = kept.get("rows", {})
-    packages = ["torch", "transformers", *(name for way in asked for name in WAYS[way][1])]
-    versions = kept.get("settings", {}).get("versions", {})
-    settings = {
-        "lengths": LENGTHS,
-        "versions": versions | {name: version(name) for name in packages},
-        "machine": machine(),
-    }
+    results = results_in(options.out, {"lengths": LENGTHS}, parser, rows={})
     for folder in options.folders:
-        row = rows.setdefault(folder.name, {})
+        row = results["rows"].setdefault(folder.name, {})
         missing = [name for name in asked if name not in row]
         if not missing:
             continue
@@ -76,10 +69,11 @@ def main() -> None:
         )
         network = Logits(model.eval())
         for name in missing:
-            row[name] = compared(network, WAYS[name][0])
+            way, needed = WAYS[name]
+            versions = {one: version(one) for one in ("torch", "transformers", *needed)}
+            row[name] = {**compared(network, way), "versions": versions, "machine": machine()}
+            keep(options.out, results)
             print(folder.name, name, json.dumps(row[name]), flush=True)
-            result = {"settings": settings, "rows": rows}
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def texts(vocabulary: int) -> list[torch.Tensor]:

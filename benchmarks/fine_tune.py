@@ -4,8 +4,8 @@
 
 Trains 20 steps on texts of a JSON Lines file (field ``text``), saves the adapter, loads it again,
 merges it, saves the merged model and loads that. Says how the loss went, and how far the logits are
-from those before each of these. Writes benchmarks/results/fine_tune.json. Needs trl. What is merged
-is then served by
+from those before each of these. Writes benchmarks/results/fine_tune.json, where other rows stay.
+Needs trl. What is merged is then served by
 
     python benchmarks/serve_vllm.py --work FOLDER --python VLLM/bin/python
         --only 'NAME, fine-tuned'
@@ -26,6 +26,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
+from commands import keep, results_in
 from machine import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,17 +41,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=RESULTS / "fine_tune.json")
     options = parser.parse_args()
-    rows: dict[str, Any] = {}
+    settings = {"steps": STEPS, "data": Path(options.data).name}
+    results = results_in(options.out, settings, parser, rows={})
+    versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
     for folder in options.folders:
-        rows[folder.name] = fine_tuned(folder, options.data, options.work)
-        print(folder.name, json.dumps(rows[folder.name]), flush=True)
-    settings = {
-        "steps": STEPS,
-        "data": Path(options.data).name,
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl")},
-        "machine": machine(),
-    }
-    options.out.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+        found = fine_tuned(folder, options.data, options.work)
+        results["rows"][folder.name] = {**found, "versions": versions, "machine": machine()}
+        keep(options.out, results)
+        print(folder.name, json.dumps(found), flush=True)
 
 
 def fine_tuned(folder: Path, data: str, out: Path) -> dict[str, Any]:

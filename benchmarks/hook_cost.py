@@ -17,11 +17,11 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
-from machine import machine
+from commands import keep
+from machine import here
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -72,11 +72,10 @@ def main() -> None:
     result = {
         "runs": runs,
         "median_seconds": {name: median(values) for name, values in sorted(found.items())},
-        "machine": machine(),
-        "versions": f"torch {version('torch')}, transformers {version('transformers')}",
+        **here(),
     }
     print(json.dumps(result, indent=1))
-    (RESULTS / "hook_cost.json").write_text(json.dumps(result, indent=1) + "\n")
+    keep(RESULTS / "hook_cost.json", result)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/inspect_scale.py
 
 Each model is inspected in a process of its own, without weights; the time includes the start of
-Python. Writes benchmarks/results/inspect_scale.json.
+Python. Writes benchmarks/results/inspect_scale.json, where rows of other models stay.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from machine import machine
+from commands import keep, put, results_in
+from machine import here
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -104,6 +104,8 @@ def inspect(name: str) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "processor_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_bytes": usage.ru_maxrss * 1024,
+        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
+        **here(),
     }
 
 
@@ -116,18 +118,12 @@ def main() -> None:
     unknown = [name for name in options.models if name not in CONFIGS]
     if unknown:
         parser.error(f"{unknown[0]} is unknown; choose from {', '.join(CONFIGS)}")
-    rows = []
+    results = results_in(options.out, {"dtype": "float32"}, parser, rows=[])
     for name in options.models or CONFIGS:
-        rows.append(inspect(name))
-        print(json.dumps(rows[-1]), flush=True)
-    settings = {
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
-        "machine": f"{machine()}, float32",
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+        row = inspect(name)
+        put(results["rows"], row, "model")
+        keep(options.out, results)
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

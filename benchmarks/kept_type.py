@@ -16,13 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-from commands import found_by, save_dense
+from commands import found_by, keep, save_dense
 from corpora import TOKENS, WINDOW
 from llm_pruner.files.disk import folder_bytes
-from machine import machine
+from machine import here
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -37,7 +34,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=TOKENS)
     parser.add_argument("--out", type=Path, default=RESULTS / "kept_type.json")
     options = parser.parse_args()
-    prune = ("--ratio", 0.2, "--preset", options.preset, "--seed", 0)
+    prune = ("--ratio", 0.2, "--preset", options.preset, "--repair-minutes", 0, "--seed", 0)
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         folders = {each: Path(name) / each for each in ("dense", "auto", "float32")}
@@ -63,8 +60,7 @@ def main() -> None:
             "prune": " ".join(map(str, prune)),
             "calibration": Path(options.calibration).name,
             "text": f"{Path(options.text).name}, first {options.max_tokens} tokens",
-            "machine": machine(),
-            "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+            **here(),
         },
         **found,
         "weights_of_dense": {
@@ -75,7 +71,7 @@ def main() -> None:
             found["auto"]["perplexity"] / found["float32"]["perplexity"] - 1
         ),
     }
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    keep(options.out, result)
     print(result["relative_difference_of_perplexity"])
 
 

@@ -30,7 +30,7 @@ from typing import Any
 
 import psutil
 
-from commands import results_in
+from commands import keep, results_in
 from compress_kills import TIMED, same
 from machine import machine
 
@@ -286,7 +286,7 @@ def main() -> None:
                 result["kills"].append(found)
                 result["failed"] = sum(bool(one["fails"]) for one in result["kills"])
                 print(json.dumps(found), flush=True)
-                options.out.write_text(json.dumps(result, indent=1) + "\n")
+                keep(options.out, result)
     print(f"{len(result['kills'])} kills, {result['failed']} with something that does not hold")
 
 

@@ -16,12 +16,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-from commands import found_by
+from commands import found_by, keep
 from corpora import WINDOW
-from machine import machine
+from machine import here
 
 RESULTS = Path(__file__).parent / "results"
 CACHE, BATCH, PROMPT = 0.34, 8, 512
@@ -79,13 +76,12 @@ def main() -> None:
             "calibration": Path(options.calibration).name,
             "text": f"{Path(options.text).name}, first {options.max_tokens} tokens",
             **both["settings"],
-            "machine": machine(),
-            "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+            **here(),
         },
         "rows": rows,
         "kv-cache over ffn": {name: compared[name] for name in ("prefill", "decode")},
     }
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    keep(options.out, result)
     print(json.dumps(result["kv-cache over ffn"]))
 
 

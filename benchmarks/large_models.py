@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from llm_pruner.files.outputs import bytes_of
+from commands import found_in, keep
 from llm_pruner.runtime.precision import multiplies_bfloat16
 from machine import machine
 from random_checkpoint import SHAPES, write
@@ -78,29 +78,28 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
+def reads_by_block(said: str) -> bool:
+    """Return whether a run read weights block by block to its end, by what it said."""
+    return said.rfind("read block by block") > said.rfind("read into memory")
+
+
 def row_of(name: str, model: Path, memory: str | None, calibration: Path, work: Path) -> Any:
     """Prune; return what it took."""
     out, found = work / "pruned", work / "found.json"
     shutil.rmtree(out, ignore_errors=True)
-    command = [
-        sys.executable,
-        "-m",
-        "llm_pruner",
-        "prune",
-        model,
-        "--out",
-        out,
-        "--preset",
-        "paper",
-    ]
-    command += ["--ratio", "0.2", "--calibration", calibration, "--json", found, "--overwrite"]
+    command = [sys.executable, "-m", "llm_pruner", "prune", model, "--out", out]
+    command += ["--preset", "paper", "--ratio", "0.2", "--calibration", calibration]
+    command += ["--json", found, "--overwrite"]
     command += [] if memory is None else ["--memory", memory]
     begin = time.perf_counter()
-    child = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    seconds = time.perf_counter() - begin
+    with (work / "said.txt").open("w+") as file:
+        child = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=file)
+        _, status, usage = os.wait4(child.pid, 0)
+        seconds = time.perf_counter() - begin
+        file.seek(0)
+        said = file.read()
     if status:
-        raise SystemExit(f"{' '.join(map(str, command))} failed")
+        raise SystemExit(f"{said}{' '.join(map(str, command))} failed")
     record = json.loads(found.read_text())
     read, written = disk_rates(work)
     rate = operations_a_second(model)
@@ -116,6 +115,7 @@ def row_of(name: str, model: Path, memory: str | None, calibration: Path, work: 
     return {
         "name": name,
         "memory": memory,
+        "by_block": reads_by_block(said),
         "plan": plan,
         "parameters": record["parameters_before"],
         "bytes_in": inside,
@@ -142,8 +142,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     rows = sorted(rows, key=lambda row: row["parameters"])
     kinds: dict[str, list[dict[str, Any]]] = {"block by block": [], "all in memory": []}
     for row in rows:
-        fits = row["memory"] is None or bytes_of(row["memory"]) >= 4 * row["parameters"]
-        kinds["all in memory" if fits else "block by block"].append(row)
+        kinds["block by block" if row["by_block"] else "all in memory"].append(row)
     sizes = {row["parameters"] / 1e9: f"{row['parameters'] / 1e9:.2g}B" for row in rows}
     figure, (time_axes, memory_axes) = plt.subplots(1, 2, figsize=(9, 3.5))
     for kind, found in kinds.items():
@@ -178,7 +177,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    rows = json.loads(options.out.read_text()) if options.out.exists() else []
+    rows = found_in(options.out, [])
     for item in options.models.split(","):
         name, _, rest = item.partition("=")
         model, _, memory = rest.partition("@")
@@ -190,7 +189,7 @@ def main() -> None:
             write(model, options.calibration, folder)
         row = row_of(name, folder, memory or None, options.calibration, options.work)
         rows.append(row)
-        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+        keep(options.out, rows)
         print(json.dumps(row), flush=True)
         if model in SHAPES:
             shutil.rmtree(folder)

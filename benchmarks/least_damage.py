@@ -17,7 +17,6 @@ row that was measured on fewer texts is made again.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import resource
 import tempfile
@@ -33,7 +32,7 @@ import torch
 import transformers
 from torch import nn
 
-from commands import apart, name_of, results_in, stamp
+from commands import apart, keep, name_of, put, results_in, stamp
 from corpora import TOKENS, WINDOW, perplexities, read_texts
 from llm_pruner import Criterion, Discovery, PlanSettings, PruneSettings, UserError, read_plan
 from llm_pruner.commands.prune import PruneRun
@@ -143,6 +142,7 @@ def settings_of(model: str, run: Run, calibration: str, out: Path) -> PruneSetti
         params=SIZES[run.size],
         calibration=run.calibration or calibration,
         seed=run.seed,
+        repair_minutes=0.0,  # nothing is trained
         **{name: getattr(run, name) for name in names},
         **scope,
     )
@@ -274,15 +274,12 @@ def main() -> None:
     if options.scores is not None:
         options.scores.mkdir(parents=True, exist_ok=True)
 
-    def save() -> None:
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
-
     for rows in options.rows.split(","):
         tokens = options.screen if rows == "table" else TOKENS
         some = {k: v for k, v in texts.items() if rows != "table" or k != "ptb"}
         if not some.keys() <= results["dense"].get(str(tokens), {}).keys():
             results["dense"][str(tokens)] = apart(perplexities, options.model, some, tokens)
-            save()
+            keep(options.out, results)
         dense = results["dense"][str(tokens)]
         chosen = runs(rows, options.texts, options.samples, options.score_samples)
         for seed, one in product(options.seeds.split(","), chosen):
@@ -301,17 +298,13 @@ def main() -> None:
             found = apart(
                 measure, options.model, run, options.calibration, some, tokens, options.scores
             )
-            results["rows"] = [row for row in results["rows"] if row["run"] != key]
-            if "error" in found:
-                results["rows"].append({"run": key, **found})
-                save()
-                continue
-            measured = found["perplexity"]
-            found["ratio"] = {name: value / dense[name] for name, value in measured.items()}
-            results["rows"].append({"run": key, **found})
-            save()
-            ratios = ", ".join(f"{k} x{v:.3f}" for k, v in found["ratio"].items())
-            print(f"{key}: {ratios}", flush=True)
+            if "error" not in found:
+                measured = found["perplexity"]
+                found["ratio"] = {name: value / dense[name] for name, value in measured.items()}
+                ratios = ", ".join(f"{k} x{v:.3f}" for k, v in found["ratio"].items())
+                print(f"{key}: {ratios}", flush=True)
+            put(results["rows"], {"run": key, **found}, "run")
+            keep(options.out, results)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ Units are scored with the loss at each position, at every second and at every fo
 the loss at each position on other samples of the same text (another seed). Written is, for each,
 the share of the units that a plan takes (a fifth of the FFN channels, one ranking) which the first
 one takes as well, and the seconds of the estimate. ``--shape`` is a config of transformers of which
-a model with random weights is timed with all positions and as the program chooses.
+a model with random weights is timed with all positions and as the program chooses. Rows of other
+shapes stay in the file.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import llm_pruner as lp
+from commands import keep, put, results_in
 from llm_pruner.importance import boundary_pass, score
 from llm_pruner.runtime.precision import fast_matmul
-from machine import machine
+from machine import here
 
 RESULTS = Path(__file__).parent / "results"
 SAMPLES, SEQ_LEN, SHARE = 16, 512, 0.2
@@ -70,6 +71,18 @@ def main() -> None:
     parser.add_argument("--shape", type=Path, action="append", default=[])
     parser.add_argument("--out", type=Path, default=RESULTS / "loss_positions.json")
     options = parser.parse_args()
+    settings = {
+        "model": Path(options.model).name,
+        "calibration": [Path(file).name for file in options.calibration.split(",")],
+        "samples": [SAMPLES, SEQ_LEN],
+    }
+    results = results_in(options.out, settings, parser, rows=[], shapes=[])
+
+    def add(rows: str, key: dict[str, Any], **found: Any) -> None:
+        put(results[rows], {**key, **found, **here()}, *key)
+        keep(options.out, results)
+        print(json.dumps({**key, **found}), flush=True)
+
     loaded = lp.load(options.model)
     groups = lp.discover(loaded)
     texts = [
@@ -78,7 +91,6 @@ def main() -> None:
         ).input_ids
         for seed in (0, 1)
     ]
-    rows = []
     for criterion in CRITERIA:
         first: set[int] = set()
         for stride, seed in ((1, 0), (2, 0), (4, 0), (1, 1)):
@@ -86,29 +98,14 @@ def main() -> None:
             first = first or taken(scores)
             alike = len(taken(scores) & first) / len(first)
             row = {"criterion": criterion, "stride": stride, "seed": seed}
-            rows.append({**row, "alike": round(alike, 4), "seconds": seconds})
-            print(json.dumps(rows[-1]), flush=True)
-    shapes = []
+            add("rows", row, alike=round(alike, 4), seconds=seconds)
     for file in options.shape:
         network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(file)).eval()
         found = lp.discover(network)
         ids = torch.randint(10, 1000, (8, SEQ_LEN), generator=torch.Generator().manual_seed(0))
         for stride in (1, None):
             _, seconds = scored(network.requires_grad_(False), found, "fisher", ids, stride)
-            shapes.append({"shape": file.stem, "stride": stride or "chosen", "seconds": seconds})
-            print(json.dumps(shapes[-1]), flush=True)
-    result = {
-        "settings": {
-            "model": Path(options.model).name,
-            "calibration": [Path(file).name for file in options.calibration.split(",")],
-            "samples": [SAMPLES, SEQ_LEN],
-            "machine": machine(),
-            "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-        },
-        "rows": rows,
-        "shapes": shapes,
-    }
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+            add("shapes", {"shape": file.stem, "stride": stride or "chosen"}, seconds=seconds)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from importlib import util
+from importlib import metadata, util
 from pathlib import Path
 
 import torch
@@ -22,6 +22,12 @@ def machine() -> str:
     if multiplies_bfloat16():
         instructions += " and bfloat16"
     return f"{platform.machine()} with {instructions}, {os.cpu_count()} cores"
+
+
+def here() -> dict[str, str]:
+    """Return what a row was measured on, and with which versions."""
+    versions = f"torch {torch.__version__}, transformers {metadata.version('transformers')}"
+    return {"machine": machine(), "versions": versions}
 
 
 def commits() -> tuple[str, str]:

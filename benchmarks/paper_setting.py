@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import transformers
 
+from commands import keep, results_in
 from llm_pruner import (
     Criterion,
     Model,
@@ -120,11 +121,9 @@ def main() -> None:
         "transformers": transformers.__version__,
         "machine": f"{platform.machine()}, float32",
     }
-    rows: list[dict[str, Any]] = []
-    if options.out.exists():
-        old = json.loads(options.out.read_text())
-        rows = old["rows"] if old["settings"] == settings else []
-    done = {json.dumps(row["run"], sort_keys=True) for row in rows}
+    results = results_in(options.out, settings, parser, rows=[])
+    rows = results["rows"]
+    done = [row["run"] for row in rows]
 
     def add(run: dict[str, Any] | None, model: Model) -> None:
         found = perplexity(model, options.text, protocol="paper", max_tokens=TOKENS)
@@ -135,17 +134,14 @@ def main() -> None:
                 "perplexity": round(found.perplexity, 2),
             }
         )
-        partial = options.out.with_suffix(".partial")
-        partial.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
-        partial.replace(options.out)
+        keep(options.out, results)
         print(json.dumps(rows[-1]), flush=True)
 
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    if not rows:
+    if None not in done:
         add(None, dense)
     for run in runs():
         key = json.loads(json.dumps({k: v for k, v in asdict(run).items() if v is not None}))
-        if json.dumps(key, sort_keys=True) not in done:
+        if key not in done:
             add(key, prune(dense.loaded, options.calibration, run))
 
 

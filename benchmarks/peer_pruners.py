@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 SAMPLES, LENGTH = 94, 512
 """Calibration as the preset `best` has it."""
@@ -208,7 +208,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("medium")  # as llm_pruner computes its estimates
     dense = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(given.model)  # as tokenizer.json says
     windows = read_windows(tokenizer, given.text, SAMPLES, LENGTH)
     begun = time.perf_counter()
     model = copy.deepcopy(dense) if given.name == "llm-pruner" else dense

@@ -20,7 +20,6 @@ load the model. Written are all runs, medians and ratios. OUT is written after e
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import sys
 import time
@@ -32,14 +31,13 @@ from statistics import median
 from typing import Any
 
 import torch
-import transformers
 
 import llm_pruner as lp
-from commands import apart
+from commands import apart, keep
 from llm_pruner.importance.boundary_pass import as_in
 from llm_pruner.runtime.attention import by_sample
 from llm_pruner.runtime.precision import multiplies_bfloat16
-from machine import machine
+from machine import here
 from reference.mixed_taylor import mixed_scores
 
 RESULTS = Path(__file__).parent / "results"
@@ -113,8 +111,7 @@ def main() -> None:
             "settings": {
                 "model": Path(options.model).name,
                 "calibration": f"{Path(options.calibration).name}, {SAMPLES} x {SEQ_LEN} tokens",
-                "machine": machine(),
-                "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+                **here(),
             },
             "seconds": seconds,
             "bytes": {kind: max(one["bytes"] for one in runs[kind]) for kind in kinds},
@@ -123,7 +120,7 @@ def main() -> None:
             "original over mixed": round(seconds["original"] / seconds["taylor, mixed"], 2),
             "runs": runs,
         }
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        keep(options.out, result)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ and W4A16, the dense model and one whose layers have different multiples of 64. 
 compressed-tensors, to load what is written.
 
 Folders that are there are not made again, and rows not measured again. Writes
-benchmarks/results/quantize.json.
+benchmarks/results/quantize.json, in each row the versions that it was measured with.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from commands import apart, found_by, llm_pruner, save_dense
+from commands import apart, found_by, keep, llm_pruner, results_in, save_dense, stamp
 from machine import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -66,27 +66,26 @@ def main() -> None:
     parser.add_argument("--compressor", type=Path, help="Python with llm-compressor")
     parser.add_argument("--out", type=Path, default=RESULTS / "quantize.json")
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
-    kept = json.loads(options.out.read_text()) if options.out.exists() else {}
-    rows: dict[str, Any] = kept.get("rows", {})
-    versions = kept.get("settings", {}).get("versions", {})
-    settings = kept.get("settings", {}) | {
+    settings = {
         "model": options.model,
         "saved in": options.dtype,
         "computed in": "float32",
         "prune": {name: f"--ratio 0.2 {' '.join(how)}" for name, how in PRUNED.items() if how},
         "calibration": Path(options.calibration).name,
         "text": f"{Path(options.text).name}, first {TOKENS} tokens",
-        "versions": versions | {name: version(name) for name in ("torch", "transformers")},
-        "machine": machine(),
     }
-    settings["versions"] |= {name: version(name) for name in ("torchao",) if find_spec(name)}
-    result = {"settings": settings, "rows": rows}
+    results = results_in(options.out, settings, parser, rows={})
+    rows: dict[str, Any] = results["rows"]
+    options.work /= stamp(options.model, options.dtype, options.calibration)
+    options.work.mkdir(parents=True, exist_ok=True)
+    packages = filter(find_spec, ("torch", "transformers", "torchao"))
+    here = {"machine": machine(), "versions": {name: version(name) for name in packages}}
 
     def measured(folder: Path, **more: Any) -> None:
         if folder.name not in rows:
-            rows[folder.name] = _measured(folder, options.work / "dense", options.text) | more
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+            found = _measured(folder, options.work / "dense", options.text)
+            rows[folder.name] = {**found, **more, **here}
+            keep(options.out, results)
         print(folder.name, json.dumps(rows[folder.name]), flush=True)
 
     for name in BY_COMPRESSOR if options.compressor else BY_TORCHAO:
@@ -102,8 +101,7 @@ def main() -> None:
             packed = options.work / f"{name}-{scheme}"
             if packed.name not in rows:
                 said = _compress(options.compressor, folder, packed, how, options.calibration)
-                settings["llm-compressor"] = said.pop("versions")
-                measured(packed, **said)
+                measured(packed, **{"llm-compressor": said.pop("versions")}, **said)
 
 
 def _pruned(name: str, options: argparse.Namespace) -> Path:

@@ -23,12 +23,9 @@ import tempfile
 from itertools import count, product
 from pathlib import Path
 
-import torch
-import transformers
-
-from commands import llm_pruner, results_in, stamp
+from commands import keep, llm_pruner, results_in, stamp
 from corpora import TOKENS, WINDOW, perplexities, read_texts
-from machine import machine
+from machine import here, machine
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = {"20% of the blocks": "113.3M", "20% of all": "107.612M", "50% of the blocks": "81.43M"}
@@ -73,32 +70,28 @@ def main() -> None:
         "calibration": Path(options.calibration).name,
         "windows": WINDOW,
         "tokens": TOKENS,
-        "machine": machine(),
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        **here(),
     }
     results = results_in(options.out, settings, parser, dense={}, pruned={}, rows=[])
-
-    def save() -> None:
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
 
     def ratios(measured: dict[str, float]) -> dict[str, float]:
         return {name: round(value / results["dense"][name], 4) for name, value in measured.items()}
 
     if not results["dense"]:
         results["dense"] = perplexities("default", texts)
-        save()
+        keep(options.out, results)
     budget = {"minutes": options.minutes, "max_steps": options.max_steps}
     for size, plan in product(options.sizes.split(","), options.plans.split(",")):
         made = stamp("default", options.calibration)
         pruned, name = options.work / f"{plan}-{SIZES[size]}-{made}", f"{plan}, {size}"
         if not pruned.exists():
             results["pruned"].pop(name, None)
-            save()
+            keep(options.out, results)
             how = ["--preset", plan, "--calibration", options.calibration]
             llm_pruner("prune", "default", "--out", pruned, "--params", SIZES[size], *how)
         if name not in results["pruned"]:
             results["pruned"][name] = ratios(perplexities(str(pruned), texts))
-            save()
+            keep(options.out, results)
             print(name, results["pruned"][name], flush=True)
         for method, data in product(options.methods.split(","), options.data):
             files = data.split(",")
@@ -138,7 +131,7 @@ def main() -> None:
                     "machine": machine(),
                 }
                 results["rows"].append(row)
-                save()
+                keep(options.out, results)
                 print(json.dumps(row), flush=True)
                 if options.keep:
                     free = (options.work / f"row-{number}" for number in count())

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from commands import llm_pruner
+from commands import keep, llm_pruner
 from machine import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -109,7 +109,7 @@ def main() -> None:
             name: max(one[name] for one in tries) for name in ("weights", "losses", "scores")
         },
     }
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    keep(options.out, result)
     print(json.dumps(result["largest_difference"]))
 
 

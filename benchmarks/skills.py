@@ -16,11 +16,8 @@ import json
 import time
 from pathlib import Path
 
-import torch
-import transformers
-
-from commands import found_by, results_in
-from machine import machine
+from commands import found_by, keep, results_in
+from machine import here
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -61,11 +58,10 @@ def main() -> None:
                 **{key: found[key] for key in ("skills", "health", "dense")},
                 "seconds": round(time.perf_counter() - begun, 1),
                 "batch_size": given.batch_size,
-                "machine": machine(),
-                "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+                **here(),
             }
             results["rows"].append(row)
-            given.out.write_text(json.dumps(results, indent=1) + "\n")
+            keep(given.out, results)
             print(json.dumps(row), flush=True)
 
 

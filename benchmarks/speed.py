@@ -6,7 +6,7 @@ Prunes SmolLM2-135M with ``--round-to auto`` and measures it against the dense m
 ``llm-pruner bench``, as transformers runs it and as ``torch.compile`` makes it, each in a process
 of its own. The limit is the ratio of MACs for prefill, and of the bytes that a step reads for
 decoding. ``fastest`` compares the two models each run the way that is faster for it. Writes
-benchmarks/results/speed.json. Nothing else should run on the machine.
+benchmarks/results/speed.json, where other ratios stay. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from commands import found_by, save_dense
+from commands import found_by, keep, put, results_in, save_dense
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -84,7 +84,8 @@ def main() -> None:
     ways = [("transformers", timing)]
     if not options.without_compile:
         ways.append(("compiled", [*timing, "--compile"]))
-    results, settings = [], {}
+    settings = {"model": options.model, "preset": options.preset}
+    results = results_in(options.out, settings, parser, results=[])
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense"
         save_dense(options.model, dense)
@@ -101,17 +102,18 @@ def main() -> None:
             }
             for way, arguments in ways:
                 found = found_by("bench", small, "--against", dense, *arguments)
-                settings = found["settings"]
-                result |= {"dense": size(found["against"]), "pruned": size(found["model"])}
+                result |= {
+                    "settings": found["settings"],
+                    "dense": size(found["against"]),
+                    "pruned": size(found["model"]),
+                }
                 result[way] = [line for each in found["comparison"] for line in row(each, found)]
                 for line in result[way]:
                     print(json.dumps({"ratio": ratio, "way": way, **line}), flush=True)
             result["fastest"] = fastest([result[way] for way, _ in ways])
-            results.append(result)
-    del settings["compile"], settings["counts_only"]
-    settings |= {"model": options.model, "preset": options.preset}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
+            del result["settings"]["compile"], result["settings"]["counts_only"]
+            put(results["results"], result, "ratio")
+            keep(options.out, results)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from commands import llm_pruner
+from commands import found_in, keep, llm_pruner
 from machine import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder for the pruned models")
     options = parser.parse_args()
     file = RESULTS / "verification_cost.json"
-    rows = json.loads(file.read_text()) if file.is_file() else {}
+    rows = found_in(file, {})
     for model in options.models:
         with tempfile.TemporaryDirectory() as folder:
             kept = options.keep or Path(folder)
@@ -50,7 +50,7 @@ def main() -> None:
             "machine": machine(),
         }
         print(f"{run['model']}: {100 * compared / whole:.1f}% of {whole:.0f} s")
-        file.write_text(json.dumps(rows, indent=1) + "\n")
+        keep(file, rows)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,9 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from commands import found_by
-from machine import machine
+from commands import found_by, keep, results_in
+from machine import here
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -28,11 +27,9 @@ def main() -> None:
     parser.add_argument("--sizes", required=True, help="comma-separated; used: all in the text")
     parser.add_argument("--out", type=Path, default=RESULTS / "vocabulary.json")
     options = parser.parse_args()
-    result: dict[str, Any] = {"rows": {}}
-    if options.out.exists():
-        result = json.loads(options.out.read_text())
-    result["machine"] = machine()
-    rows = result["rows"].setdefault(Path(options.model).name, {})
+    settings = {"text": [Path(text).name for text in options.text]}
+    results = results_in(options.out, settings, parser, rows={})
+    rows = results["rows"].setdefault(Path(options.model).name, {})
     texts = [word for text in options.text for word in ("--text", text)]
     for size in options.sizes.split(","):
         if size in rows:
@@ -41,15 +38,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "small"
             found = found_by("vocab", options.model, *texts, *asked, "--out", out)
-        rows[size] = {
-            "text": [Path(text).name for text in options.text],
-            **{
-                name: found[name]
-                for name in ("tokens", "parameters", "bits_per_byte", "tokens_per_kilobyte")
-            },
-            "bytes": found["bytes"],
-        }
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        names = ("tokens", "parameters", "bits_per_byte", "tokens_per_kilobyte", "bytes")
+        rows[size] = {**{name: found[name] for name in names}, **here()}
+        keep(options.out, results)
         print(options.model, size, json.dumps(rows[size]), flush=True)
 
 

@@ -7,7 +7,8 @@ their layers differ. For each release of transformers there is an environment wi
 transformers and what these install, and nothing else. In each, every folder is loaded with
 ``trust_remote_code=True``: logits of five prompts and 32 greedy tokens of each are compared with
 those of the model that this package loads here, and so is what ``save_pretrained`` writes from it.
-Writes benchmarks/results/without_package.json. What DIR holds is not made again.
+Writes benchmarks/results/without_package.json, where other rows stay. What DIR holds is not made
+again.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from commands import found_in, keep
 from llm_pruner.checkpoints import save_checkpoint
 from llm_pruner.discovery.groups import discover
 from llm_pruner.surgery.cut import cut_
-from machine import machine
+from machine import here
 
 RESULTS = Path(__file__).parent / "results"
 OLDEST = "5.5.4"
@@ -122,19 +124,18 @@ def main() -> None:
     parser.add_argument("--only", help="names of folders, parted by semicolons; default: all")
     options = parser.parse_args()
     work = options.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
     kept = work / "rows.json"
-    rows = json.loads(kept.read_text()) if kept.exists() else {}
+    rows = found_in(kept, {})
     for folder in folders(work, options.only):
         for release in options.transformers.split(","):
             name = f"{folder.name}, transformers {release}"
             if name not in rows:
-                rows[name] = check(folder, environment(work, release))
-                kept.write_text(json.dumps(rows, indent=1))
+                rows[name] = {**check(folder, environment(work, release)), **here()}
+                keep(kept, rows)
             print(name, rows[name], flush=True)
-    versions = {"torch": torch.__version__, "reference": f"transformers {transformers.__version__}"}
-    result = {"machine": machine(), **versions, "rows": rows}
-    (RESULTS / "without_package.json").write_text(json.dumps(result, indent=1) + "\n")
+    results = found_in(RESULTS / "without_package.json", {"rows": {}})
+    results["rows"] |= rows
+    keep(RESULTS / "without_package.json", results)
 
 
 def folders(work: Path, only: str | None = None) -> Iterator[Path]:

@@ -38,17 +38,16 @@ from math import log
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 import yaml
-from transformers import AutoTokenizer
 
-from commands import found_by, llm_pruner, results_in, stamp
+from commands import found_by, keep, llm_pruner, results_in, stamp
 from llm_pruner.commands.workdir import content
 from llm_pruner.data.text import load_evaluation_text
+from llm_pruner.models.load import load_tokenizer
+from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.evaluate import PerplexitySettings
 from llm_pruner.settings.words import parse_count
-from machine import machine
+from machine import here
 
 HERE = Path(__file__).parent
 
@@ -105,10 +104,11 @@ def made(
 
 
 def bytes_of_token(folder: str, text: str, options: argparse.Namespace) -> float:
-    """Return how many bytes of a text a token of a folder's tokenizer stands for, on average."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    """Return how many bytes of a text a token that ``evaluate`` reads stands for, on average."""
+    tokenizer = load_tokenizer(ModelSettings(model=folder))
     told = load_evaluation_text(text, PerplexitySettings()).text
-    ids = tokenizer(told, verbose=False)["input_ids"][: options.max_tokens]
+    encoded = tokenizer(told, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = encoded[: options.max_tokens]
     return len(tokenizer.decode(ids).encode()) / len(ids)
 
 
@@ -183,11 +183,10 @@ def main() -> None:
                 "seconds": [wall for wall, _ in seconds],
                 "processor_seconds": [processor for _, processor in seconds],
                 **found,
-                "machine": machine(),
-                "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+                **here(),
             }
             results["rows"].append(row)
-            options.out.write_text(json.dumps(results, indent=1) + "\n")
+            keep(options.out, results)
             print(json.dumps(row), flush=True)
 
 

@@ -20,15 +20,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from commands import found_by, keep, llm_pruner, save_dense
+
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-SAVE = (
-    "import sys\n"
-    "from llm_pruner.models.load import load_model\n"
-    "loaded = load_model(sys.argv[1])\n"
-    "loaded.model.save_pretrained(sys.argv[2])\n"
-    "loaded.tokenizer.save_pretrained(sys.argv[2])\n"
-)
 
 
 def run(*command: object) -> float:
@@ -117,13 +112,11 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         dense, pruned, tasks = (Path(name) / part for part in ("dense", "pruned", "tasks"))
-        run("-c", SAVE, options.model, dense)
-        prune = ["-m", "llm_pruner", "prune", dense, "--out", pruned, "--ratio", options.ratio]
-        run(*prune, "--preset", "paper", "--criterion", "l2")
-        config = json.loads((pruned / "config.json").read_text())
-        if "quantization_config" not in config:
+        save_dense(options.model, dense)
+        how = ("--ratio", options.ratio, "--preset", "paper", "--criterion", "l2")
+        if found_by("prune", dense, "--out", pruned, *how)["saved_as"] == "stock":
             raise SystemExit("the pruned layers are equal; this is about layers that differ")
-        run("-m", "llm_pruner", "tasks", "--tasks-data", options.data, "--out", tasks)
+        llm_pruner("tasks", "--tasks-data", options.data, "--out", tasks)
         found = {
             kind: compare(model, options.data, tasks, options.limit)
             for kind, model in (("dense", dense), ("pruned", pruned))
@@ -141,8 +134,7 @@ def main() -> None:
         },
         **found,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    keep(options.out, result)
     print(json.dumps(result, indent=1))
     if not all(each["equal"] for each in found.values()):
         raise SystemExit(1)

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from commands import llm_pruner, name_of, results_in, stamp
+from commands import keep, llm_pruner, name_of, results_in, stamp
 from machine import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -135,7 +135,7 @@ def main() -> None:
         found = evaluated(model, options.data, options.dtype, options.limit)
         dense = results["models"].get("dense", found)
         results["models"][name] = {**found, "kept": kept(found, dense)}
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+        keep(options.out, results)
         print(name, json.dumps(results["models"][name]["kept"]), flush=True)
 
 

@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import architectures
 import tiny_configs
 
+from helpers import tiny_model
 from llm_pruner.checkpoints import save_checkpoint
-from llm_pruner.checkpoints.save import SavedCheckpoint
+from llm_pruner.checkpoints.save import SavedCheckpoint, check_layers_left
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
 from llm_pruner.surgery.cut import cut_
@@ -156,3 +157,28 @@ def test_layers_that_the_config_class_refuses(
     ):
         shortened("olmo_hybrid", settings, [0], tmp_path / "out", monkeypatch)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("gone", "ffn", "kind"),
+    [([0], [], None), ([3], [], "stock"), ([0], [5], "remote_code")],
+)
+def test_layers_that_would_silently_load_as_another_model(
+    gone: list[int], ffn: list[int], kind: str | None, tmp_path: Path
+) -> None:
+    """Their scale follows from their number; without the folder's code they fit, or do not."""
+    dense: Any = tiny_model("gpt2", n_layer=4, scale_attn_by_inverse_layer_idx=True)
+    discovery, smaller = discover(dense), copy.deepcopy(dense)
+    last = [group.name for group in discovery.groups if group.kind == "ffn"][-1]
+    edits = cut_(smaller, discovery, {"layers": np.array(gone), last: np.array(ffn, int)})
+    if kind is None:
+        with pytest.raises(UserError, match=r"GPT2LMHeadModel computes by the places .* keep oth"):
+            check_layers_left(smaller, edits, dense.config)
+        with pytest.raises(UserError, match=r"GPT2LMHeadModel computes by the places .* keep oth"):
+            save_checkpoint(smaller, tmp_path / "out", edits=edits, dense_config=dense.config)
+        assert not list(tmp_path.iterdir())
+    else:
+        check_layers_left(smaller, edits, dense.config)
+        saved = save_checkpoint(smaller, tmp_path / "out", edits=edits, dense_config=dense.config)
+        assert saved.kind == kind

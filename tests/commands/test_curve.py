@@ -347,7 +347,9 @@ def test_few_tokens_of_a_field_are_measured_on(tmp_path: Path) -> None:
     how = ("--text", text, "--text-field", "said", "--measured-tokens", 100, "--ratios", "0.1")
     done("curve", "dense", "--out", tmp_path / "sizes", *HOW, *how)
     data = json.loads((tmp_path / "sizes/curve.json").read_text())
-    assert data["points"][0]["measured"]["window"] == 100
+    found = data["points"][0]["measured"]
+    assert (found["window"], found["tokens"]) == (100, 198), "two windows, for a standard error"
+    assert found["divergence"]["kl_stderr"] is not None
 
 
 def test_a_field_that_nothing_has_is_refused(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ import llm_pruner.models.stored
 import llm_pruner.surgery.pruner
 import llm_pruner.surgery.verify
 from command import contents, done, refused, run, save_tiny, write_text
+from helpers import tiny_model, tiny_tokenizer
 from llm_pruner import discover, read_plan
 from llm_pruner.commands import prune_start
 from llm_pruner.commands.evaluate import measure
@@ -695,3 +696,17 @@ def test_heads_that_a_multiple_leaves_no_choice_stay(
     assert {group.kind for group in read_plan(Path("out/plan.json")).groups} == {"ffn"}
     named = refused(*asked, *short, "--structures", "heads,ffn", "--out", "other")
     assert "layers.0.heads has 2 key-value heads and keeps a multiple of 2; leave" in named
+
+
+def test_layers_that_would_load_as_others_are_refused_before_the_refit(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("gpt2", n_layer=6, scale_attn_by_inverse_layer_idx=True)
+    model.save_pretrained("m")
+    tiny_tokenizer().save_pretrained("m")
+    write_text(Path("text.txt"), 6000)
+    monkeypatch.delattr(llm_pruner.commands.prune.Refitter, "refit")
+    asked = ("prune", "m", "--structures", "layers", "--ratio", 0.145, "--calibration", "text.txt")
+    short = ("--preset", "fast", "--compensation", "least-squares", "--samples", 16)
+    short += ("--seq-len", 16, "--protect-first", 0, "--protect-last", 3)
+    assert "computes by the places of its layers" in refused(*asked, *short, "--out", "out")

@@ -319,8 +319,12 @@ def test_an_interruption_says_how_to_go_on(
 
 def test_no_gain_gives_the_model_back_to_the_bit(work: Path, made: Path) -> None:
     small = made / "small"
-    options = ("--data", made / "rows.jsonl", *QUICK, "--learning-rate", 50, "--method", "full")
-    result = done("recover", small, "--out", "same", *options)
+    options = ("--data", made / "rows.jsonl", *QUICK, "--learning-rate", 50)
+    poor = ("--keep-adapter", "--learning-rate", 1e-30)
+    result = done("recover", small, "--out", "kept", *options, *poor)
+    assert "so kept holds the model as it came and no adapter; use more data" in result.err
+    assert not Path("kept/adapter").exists()
+    result = done("recover", small, "--out", "same", *options, "--method", "full")
     assert "warning: training brought no gain (held-out loss 5." in result.err
     assert result.err.rstrip().endswith(
         "so same holds the model as it came; use more data, another --learning-rate or more steps"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import decoders
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -27,7 +28,7 @@ from llm_pruner.data.sequences import bare_ids
 from llm_pruner.files import outputs
 from llm_pruner.models.load import load_model
 from llm_pruner.surgery.vocabulary import cut_vocabulary_, named_tokens, with_tokens_of
-from trained_tokenizers import byte_level
+from trained_tokenizers import byte_level, with_bytes
 
 pytestmark = pytest.mark.slow
 
@@ -288,6 +289,18 @@ def test_a_tokenizer_of_another_model_is_refused(work: Path) -> None:
     byte_level().save_pretrained(work / "dense")
     said = refused("vocab", work / "dense", "--text", text, "--out", "small")
     assert "has the token 699, and the embedding has 650 rows" in said
+
+
+def test_a_tokenizer_that_does_not_decode_its_bytes_is_refused(work: Path) -> None:
+    dense, text = save(work / "dense"), write_text(work / "t.txt", 4000)
+    tokenizer = with_bytes()
+    tokenizer.backend_tokenizer.decoder = decoders.Replace("▁", " ")
+    tokenizer.save_pretrained(dense)
+    (dense / "generation_config.json").unlink()
+    said = refused("vocab", dense, "--text", text, "--out", "small", "--size", 262)
+    assert "with fewer tokens the tokenizer gives '<0x" in said
+    assert "so tokens cannot be taken from it" in said
+    assert not (work / "small").exists()
 
 
 @pytest.mark.parametrize("size", [12, 999_999])

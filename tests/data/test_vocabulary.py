@@ -18,7 +18,7 @@ from llm_pruner.data.sequences import bare_ids, render_chat, template_ids
 from llm_pruner.data.text import demo_text
 from llm_pruner.data.vocabulary import Vocabulary, vocabulary_of
 from llm_pruner.errors import UserError
-from trained_tokenizers import MADE, STRANGE, byte_level, with_bytes
+from trained_tokenizers import MADE, STRANGE, byte_level, unigram, with_bytes
 
 
 @pytest.fixture(scope="module", params=MADE)
@@ -110,6 +110,15 @@ def test_spaces_are_written_though_the_text_has_none() -> None:
     cut, kept = smaller(tokenizer, None, "bridge")
     assert cut.decode(bare_ids(cut, "a b")) == "a b"
     assert len(kept) < 300
+
+
+def test_bytes_that_the_tokenizer_does_not_have_write_nothing() -> None:
+    tokenizer = unigram()
+    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    data["model"]["byte_fallback"] = True
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(data))
+    cut, _ = smaller(tokenizer, None, "bridge")
+    assert cut.decode(bare_ids(cut, STRANGE)) == STRANGE
 
 
 def test_words_whose_ends_are_marked() -> None:

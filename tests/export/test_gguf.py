@@ -589,6 +589,31 @@ def test_tokenizer_of_pieces(tmp_path: Path) -> None:
         read_tokenizer(tmp_path, 8)
 
 
+@pytest.mark.parametrize(
+    "step",
+    [
+        normalizers.Replace("a", "▁"),
+        normalizers.Replace(" ", "_"),
+        normalizers.Replace(Regex(" +"), "▁"),
+        normalizers.Prepend("_"),
+        pre_tokenizers.Metaspace("_"),
+    ],
+)
+def test_other_steps_before_pieces_are_refused(tmp_path: Path, step: Any) -> None:
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")], byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁")
+    save_tokenizer(tmp_path, tokenizer)
+    read_tokenizer(tmp_path, 8)
+    if isinstance(step, normalizers.Normalizer):
+        tokenizer.normalizer = step
+    else:
+        tokenizer.pre_tokenizer = step
+    save_tokenizer(tmp_path, tokenizer)
+    with pytest.raises(UserError, match="splits text"):
+        read_tokenizer(tmp_path, 8)
+
+
 def test_a_tokenizer_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no tokenizer.json; .* --like"):
         read_tokenizer(tmp_path, 8)

@@ -683,6 +683,16 @@ def test_half_precision_agrees_with_float32(dtype: torch.dtype, order: str) -> N
         assert got[name].mean() == pytest.approx(want[name].mean(), rel=0.05)
 
 
+def test_float64_is_estimated_where_a_processor_multiplies_bfloat16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("llm_pruner.runtime.precision.multiplies_bfloat16", lambda *_: True)
+    model = tiny_model(num_hidden_layers=2)
+    ids, discovery = tokens(4, 60), llama_discovery(model)
+    got = score(model.double(), discovery, Criterion("fisher"), input_ids=ids, seed=0)
+    assert got["layers.0.ffn"].min() > 0
+
+
 @pytest.mark.parametrize("order", ["first", "second", "mixed"])
 def test_float16_gradients_below_its_smallest_number_survive(order: str) -> None:
     """Weights before the logits are so small that an unscaled float16 gradient would be zero."""

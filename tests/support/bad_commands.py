@@ -699,6 +699,16 @@ TABLE: dict[str, list[Bad]] = {
             (option, f"{option} is about a teacher; name that with --teacher, or leave it out")
             for option in ("--distill-weight 0.3", "--teacher-top-k 5")
         ),
+        (
+            "--teacher m --distill-weight 0",
+            "--distill-weight 0 leaves the teacher nothing to do; add --data self, which it "
+            "writes, or leave --teacher out",
+        ),
+        (
+            "--teacher m --distill-weight 0 --data self --temperature 2",
+            "--temperature is about what the teacher says, of which --distill-weight 0 hears "
+            "nothing; leave one of them out",
+        ),
         ("--perplexity-seq-len 1", between("--perplexity-seq-len", 1, 2, 2**24)),
         (
             "--perplexity-seq-len 64",
@@ -739,6 +749,16 @@ TABLE: dict[str, list[Bad]] = {
             *(
                 (one, f"{said} is about prompts; add --prompt TEXT or leave it out")
                 for one, said in (("--new-tokens 5", "--new-tokens"), ("--no-chat", "--chat"))
+            ),
+            (
+                "--speed --batch-size 7",
+                "--batch-size is about what is measured on text; add --perplexity SRC or leave it "
+                "out",
+            ),
+            (
+                "--no-cache",
+                "--cache is about tasks and answers; add --tasks NAMES, --skills NAMES or --health "
+                "or leave it out",
             ),
             (
                 "--perplexity self",
@@ -821,6 +841,14 @@ TABLE: dict[str, list[Bad]] = {
             ("--batch-size 1,x", "--batch-size 1,x is no list of numbers; use such as 1,8"),
             (f"--batch-size {10**12}", between("batch_size", 10**12, 1, 2**20)),
             (f"--repeats {10**12}", between("repeats", 10**12, 1, 2**20)),
+            *(
+                (
+                    f"--counts-only {option}",
+                    f"{option.split()[0]} is about what is timed, and --counts-only times nothing; "
+                    "leave one of them out",
+                )
+                for option in ("--repeats 9", "--compile", "--new-tokens 3")
+            ),
             ("--server sglang", "--server sglang is unknown; use one of llama-cpp, vllm"),
             (
                 "--server vllm --compile",

@@ -154,11 +154,7 @@ def computed_buffers(model: PreTrainedModel, config: PreTrainedConfig) -> dict[s
 
 
 def get_path(holder: Any, path: str) -> Any:
-    """Return the value at a dotted path; a number in it is an index into a tuple or list.
-
-    Raises:
-        AttributeError, IndexError: there is no such value.
-    """
+    """Return the value at a dotted path, numbers being indices; may raise what that does."""
     for part in path.split("."):
         holder = holder[int(part)] if part.isdigit() else getattr(holder, part)
     return holder

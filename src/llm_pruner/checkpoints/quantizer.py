@@ -1,15 +1,12 @@
 """The hook by which ``from_pretrained`` loads models whose layers differ in size.
 
 transformers lets a *quantizer* change a model between building it on the meta device and loading
-its weights. Nothing is quantized here: the hook drops layers and reshapes parameters, the weights
-load as they are, and what results is an ordinary model. ``llm_pruner.hook`` says so to
-transformers.
+its weights. Nothing is quantized here: the hook drops layers and reshapes parameters.
+``llm_pruner.hook`` says so to transformers.
 
-A recipe comes with a checkpoint, and a checkpoint is data: it may cut what the model has, and set
-numbers where the model holds numbers. What it names is looked up among registered submodules,
-parameters and buffers, and in the ``__dict__`` of a module or of its settings; attributes of
-classes and functions are out of its reach. All of it is looked at before anything of the model is
-changed.
+A checkpoint is data: its recipe may cut what the model has, and set numbers where it holds numbers.
+What it names is looked up among registered submodules, parameters and buffers, and in the
+``__dict__`` of a module or of its settings, and all of it before anything of the model is changed.
 """
 
 from __future__ import annotations
@@ -57,11 +54,7 @@ _MOST_NUMBER = 2**24
 
 
 class PrunedConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a pruned checkpoint; holds a recipe.
-
-    Raises:
-        UserError: the recipe is of another format version or cannot be read.
-    """
+    """``quantization_config`` of a pruned checkpoint; UserError if its recipe cannot be read."""
 
     def __init__(self, **data: Any) -> None:
         self.quant_method = QUANT_METHOD
@@ -127,11 +120,7 @@ class PrunedQuantizer(HfQuantizer):
 
 
 def dense_copy(config: PreTrainedConfig, recipe: Recipe) -> PreTrainedConfig:
-    """Return the config that builds the dense model.
-
-    Raises:
-        UserError: it refuses a value of the recipe.
-    """
+    """Return the config that builds the dense model; UserError if it refuses a value."""
     config = copy.deepcopy(config)
     for path, value in recipe.dense_config.items():
         try:
@@ -148,11 +137,8 @@ def dense_copy(config: PreTrainedConfig, recipe: Recipe) -> PreTrainedConfig:
 def cut_skeleton_(model: PreTrainedModel, recipe: Recipe, kept_config: Mapping[str, Any]) -> None:
     """Cut a dense model without weights to the sizes of the recipe, so that its weights can load.
 
-    Args:
-        kept_config: dotted path -> value of the config values that the recipe made dense.
-
-    Raises:
-        UserError: the recipe does not fit the model.
+    ``kept_config`` has the config values that the recipe made dense, by dotted path. Raises
+    UserError if the recipe does not fit the model.
     """
     require_none(model, _layer_misfits(model, recipe))
     for path, kept in recipe.layers.items():

@@ -51,11 +51,7 @@ _RECORDING = "llm_pruner_heads"
 
 
 class Checked(Pruned):
-    """The same for a recipe that anybody may have written.
-
-    Raises:
-        UserError: the recipe is of another format version, cannot be read or does not fit.
-    """
+    """The same for a recipe that anybody may have written; UserError if it does not do."""
 
     config: Any
 
@@ -211,10 +207,7 @@ def _built(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
 
 
 def _classes(model: PreTrainedModel) -> dict[str, type[PreTrainedModel]]:
-    """Return what loads in transformers -> class of the dense model that it gives.
-
-    Of a model with code in its folder, what its config names.
-    """
+    """Return what loads in transformers -> class of the dense model that it gives."""
     whole, base = stock_class(type(model)), stock_class(type(model.base_model))
     if is_own_code(model):
         named = getattr(model.config, "auto_map", None) or {}
@@ -270,10 +263,8 @@ def per_layer_config(model: PreTrainedModel) -> dict[int, dict[str, int]]:
     """Return layer -> heads, key-value heads and width of a head, where they are not the config's.
 
     That is how transformers has a config say it, for what plans a cache without building a model.
-    Empty if nothing differs, or if the model attends in a way of its own.
-
-    Args:
-        model: on the meta device; is of no use afterwards.
+    Empty if nothing differs, or the model attends in a way of its own. ``model`` is on meta, and of
+    no use afterwards.
     """
     found: dict[int, dict[str, int]] = {}
 

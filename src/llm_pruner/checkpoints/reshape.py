@@ -45,9 +45,8 @@ _WORD = re.compile(r"[A-Za-z0-9_*+-]{0,64}")
 class Recipe(Edits):
     """Edits in the names of the pruned model, and the dense values of config keys that changed.
 
-    Attributes:
-        dense_config: dotted config key -> value that the dense model is built with, such as
-            ``num_hidden_layers`` or ``layer_types``; config.json itself holds the pruned values.
+    ``dense_config`` has the values that the dense model is built with, by dotted key, such as
+    ``layer_types``; config.json itself holds the pruned ones.
     """
 
     dense_config: Mapping[str, Any] = field(default_factory=dict)
@@ -72,14 +71,10 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
 
 
 def from_json(data: Mapping[str, Any]) -> Recipe:
-    """Read what ``to_json`` wrote, and nothing else.
+    """Read what ``to_json`` wrote; raise UserError for anything else, or another format version.
 
-    Anybody may have written the file, so all of it is bounded before anything is made of it:
-    numbers of entries, lengths of names, numbers, shapes and ranges. Whether the names are there
-    is for ``quantizer`` to say, which knows the model.
-
-    Raises:
-        UserError: another format version, or a value that is not what the format says.
+    Anybody may have written the file, so entries, lengths, numbers, shapes and ranges are bounded
+    before anything is made of them. Whether the names are there is for ``quantizer`` to say.
     """
     version = data.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
@@ -208,10 +203,7 @@ class _Positions:
 def parse_positions(
     text: str, most: int = _MOST_POSITIONS, end: int = _MOST_POSITIONS
 ) -> tuple[int, ...]:
-    """Return the positions of ``format_ranges``: at most ``most``, all below ``end``.
-
-    ValueErrors say what else is there, before a range is unrolled.
-    """
+    """Return at most ``most`` positions of ``format_ranges``, below ``end``; or ValueError."""
     positions: list[int] = []
     for part in filter(None, text.split(",")):
         match = _RANGE.fullmatch(part)

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from llm_pruner.checkpoints import meta, quantizer, remote_code
 from llm_pruner.checkpoints.reshape import Recipe, compose, from_json, to_json
-from llm_pruner.checkpoints.stock_config import layer_values, stock_config
+from llm_pruner.checkpoints.stock_config import accepted, layer_values, stock_config
 from llm_pruner.errors import LLMPrunerError, NeedsMemory, UserError
 from llm_pruner.files.disk import folder_bytes, umask
 from llm_pruner.files.outputs import atomic_directory, bytes_of, check_shard_size
@@ -41,12 +41,13 @@ LONG = 10_000_000_000
 
 SHARD = "1GB"
 
+_OTHERS = (
+    "so nothing was saved; keep other layers, with --layers, --protect-first or --protect-last"
+)
+
 
 def check_saved_by_shard(model: PreTrainedModel) -> None:
-    """Raise NeedsMemory if a shard of what is read block by block might end within a weight.
-
-    That is where files hold several weights of a model as one.
-    """
+    """Raise NeedsMemory if a shard of streamed weights might end within one that joins several."""
     conversions = getattr(model, "_weight_conversions", None) or ()
     joins = (one for one in conversions if isinstance(one, WeightConverter))
     if is_model_streamed(model) and any(len(one.target_patterns) > 1 for one in joins):
@@ -110,7 +111,8 @@ def save_checkpoint(
 
     Raises:
         UserError: ``out`` cannot be written, see ``check_output``, ``max_shard_size`` is no size,
-            the model is quantized, or its config class refuses the layers that are left.
+            the model is quantized, or the layers that are left are refused by its config class, or
+            would load as another model.
         OSError: the disk is full, or the like.
         LLMPrunerError: the edits do not lead from the dense config to this model.
     """
@@ -150,6 +152,21 @@ def save_checkpoint(
     return SavedCheckpoint(kind, Path(out), folder_bytes(out), _needs(model, kind))
 
 
+def check_layers_left(model: PreTrainedModel, edits: Edits, config: PreTrainedConfig) -> None:
+    """Raise what ``save_checkpoint`` would of the layers that are left, before further work.
+
+    ``config`` is that of the model before surgery.
+    """
+    if not edits.layers:
+        return
+    own_class = type(model)
+    try:
+        model.__class__ = remote_code.stock_class(own_class)
+        _pruned_config(model, edits, config)
+    finally:
+        model.__class__ = own_class
+
+
 def make_readable(folder: Path) -> None:
     """Give the files in a folder the usual rights; safetensors makes its own private."""
     for file in folder.rglob("*"):
@@ -183,6 +200,8 @@ def _pruned_config(
     quantizer.require_none(config, quantizer.config_misfits(config, recipe))
     if changed:
         _require_valid(config)
+    if edits.layers and not recipe.shapes:
+        _require_no_other(config, model, edits)
     with_code = remote_code.with_code(config, recipe, model)
     if with_code is not None:
         return with_code, "remote_code"
@@ -198,9 +217,24 @@ def _require_valid(config: PreTrainedConfig) -> None:
     except Exception as error:  # configs check themselves in any way
         said = " ".join(str(error).split())
         raise UserError(
-            f"transformers refuses the config of the layers that are left ({said}), so nothing was "
-            "saved; keep other layers, with --layers, --protect-first or --protect-last"
+            f"transformers refuses the config of the layers that are left ({said}), {_OTHERS}"
         ) from error
+
+
+def _require_no_other(config: PreTrainedConfig, model: PreTrainedModel, edits: Edits) -> None:
+    """Raise UserError if without the folder's code its weights would silently be another model."""
+    if not remote_code.is_of_transformers(type(model)):
+        return
+    wanted = meta.sizes(model)
+    built = meta.sizes(meta.build_meta(type(model), config))
+    if any(what == "parameter" for what, *_ in meta.differing(built, wanted)):
+        return  # which transformers says
+    if accepted(config, model, wanted, edits) is None:
+        raise UserError(
+            f"a {type(model).__name__} computes by the places of its layers, and where code of the "
+            "folder is not run transformers would load those that are left as another model, "
+            f"{_OTHERS}"
+        )
 
 
 def _dense_and_recipe(

@@ -1,11 +1,9 @@
 """Config values that give a pruned model's sizes, where there are any.
 
-No key is known by name. First the layers: besides their number these are lists with one entry a
-layer (``layer_types``), lists of layer numbers (``mlp_only_layers``) and numbers that divide the
-layers into those before and after (``first_k_dense_replace``); a change is taken if it brings the
-model that the config builds closer to the layers that were kept. Then each integer is changed on a
-model without weights, which shows the sizes that it governs; from them follows the value that each
-key needs. What counts is the last step: the config found must build exactly the pruned model, in
+No key is known by name. Lists with one entry a layer, lists of layer numbers and numbers that
+divide the layers follow the layers that were kept, if that brings the model that the config builds
+closer to them. Then each integer is changed on a model without weights, which shows the sizes that
+it governs and so the value that it needs. The config found must build exactly the pruned model, in
 every shape, every number that a module's code reads and every buffer that loading computes.
 """
 
@@ -60,11 +58,11 @@ def stock_config(
     values = solver.solve(target)
     if values is None:
         return None
-    found = _accepted(meta.with_values(trials.config, values), pruned_model, target, edits)
+    found = accepted(meta.with_values(trials.config, values), pruned_model, target, edits)
     # Keys that the dense config leaves open stay open where the result is the same.
     for path in solver.opened:
         fewer = {other: value for other, value in values.items() if other != path}
-        if config := _accepted(meta.with_values(trials.config, fewer), pruned_model, target, edits):
+        if config := accepted(meta.with_values(trials.config, fewer), pruned_model, target, edits):
             values, found = fewer, config
     return found
 
@@ -102,8 +100,7 @@ def _became_unequal(
 class Depth(NamedTuple):
     """Config values for the layers that were kept, by dotted paths.
 
-    They are exact if the dense model with them has just the kept layers, in every size and every
-    number that their code reads.
+    They are exact if the dense model with them has just the kept layers, in sizes and numbers.
     """
 
     values: Mapping[str, Any]
@@ -327,10 +324,7 @@ def _votes(
     target: meta.Sizes,
     at: tuple[int, int],
 ) -> list[int]:
-    """Return the three integers that most sizes need for the target.
-
-    They are linear in a key, and known at two values of it.
-    """
+    """Return the three integers that most sizes, linear in a key and known at two values, need."""
     votes: Counter[int] = Counter()
     for key in keys:
         a, b, t = first.get(key), second.get(key), target.get(key)
@@ -344,7 +338,7 @@ def _votes(
     return [value for value, _ in votes.most_common(3)]
 
 
-def _accepted(
+def accepted(
     config: PreTrainedConfig, pruned: PreTrainedModel, target: meta.Sizes, edits: Edits
 ) -> PreTrainedConfig | None:
     """Return the config as loading will read it if it builds exactly the pruned model."""

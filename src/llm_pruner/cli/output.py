@@ -236,11 +236,7 @@ def warn(message: str) -> None:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Print a message to standard error and exit.
-
-    Of several processes that a launcher started, the first one speaks; another one does if it fails
-    alone.
-    """
+    """Print a message to standard error and exit; of several processes, the first one speaks."""
     gone = suppress(OSError, AttributeError)  # nobody reads, or there is no such stream
     with gone:
         sys.stdout.flush()

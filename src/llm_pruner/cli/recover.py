@@ -47,10 +47,11 @@ def run(settings: RecoverSettings, json: str | None) -> None:
     for warning in shared_corpora(str(done.path), settings.perplexity):
         warn(warning)
     if not done.gained:
+        alone = " and no adapter" if settings.keep_adapter else ""
         warn(
             f"training brought no gain (held-out loss {done.loss.before:.4f} before, "
-            f"{done.loss.after:.4f} after), so {done.path} holds the model as it came; use more "
-            "data, another --learning-rate or more steps"
+            f"{done.loss.after:.4f} after), so {done.path} holds the model as it came{alone}; use "
+            "more data, another --learning-rate or more steps"
         )
     hand_over(done, json, show, partial(upload, settings))
 

@@ -38,7 +38,6 @@ class Late:
     """A model that is loaded when it is first needed.
 
     Attributes:
-        keeps: whether results are kept, and known ones used.
         room: gives the bytes that the weights may take on a device.
         asked: prompts that it will be given, which are refused as soon as it is there.
         identity: by which they are kept; None where nothing is.

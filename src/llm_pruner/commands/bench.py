@@ -102,7 +102,6 @@ class Bench:
     Attributes:
         settings: as given, with type, device, threads and versions; of servers, which know more of
             themselves than is known here, with the type alone.
-        comparison: for each batch size; empty without another model.
     """
 
     settings: dict[str, Any]

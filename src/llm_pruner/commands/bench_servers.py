@@ -46,10 +46,7 @@ class _Subject:
     """A model that is to be served.
 
     Attributes:
-        source: how it is loaded.
         path: what the server reads, a folder or a file; None for a file that is yet to be made.
-        kind: type of the weights.
-        vocabulary: number of token ids.
         prefill_macs: of a prompt; None if they are not known.
     """
 
@@ -71,9 +68,7 @@ class _Subject:
 def bench_servers(settings: BenchSettings) -> Bench:
     """Start a server for each model, time them in turns on the same requests, and end them.
 
-    Raises:
-        UserError: the server is not here, or does not run a model.
-        LLMPrunerError: the server fails.
+    Raises UserError if it is not here or does not run a model, LLMPrunerError if it fails.
     """
     if not hasattr(os, "killpg"):
         raise UserError(

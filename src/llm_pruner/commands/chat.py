@@ -29,7 +29,6 @@ class Answer:
     """What a model has written so far.
 
     Attributes:
-        tokens: written, without the one that ends the answer.
         first: seconds to the first token, in which the question is read.
         seconds: for the other tokens, without those of another model that answers in turns.
     """
@@ -79,9 +78,7 @@ class Conversation:
     def ask(self, line: str) -> Generator[Answer]:
         """Yield the answer as it grows; one that is broken off stays as far as it went.
 
-        Raises:
-            UserError: the model does not read so long a conversation, its logits are not finite, or
-                its chat template fails.
+        Raises UserError: it is too long, its logits are not finite, or its chat template fails.
         """
         given = self._encoded(line)
         room = self._settings.new_tokens
@@ -132,11 +129,7 @@ class Conversation:
 
 
 class _Reader(Decoder):
-    """The same, which knows what is in its cache.
-
-    Attributes:
-        read: the tokens; empty where reading was broken off, which may leave some layers behind.
-    """
+    """The same, which knows what its cache has ``read``: nothing where reading was broken off."""
 
     def __init__(self, model: object) -> None:
         super().__init__(model)
@@ -150,11 +143,7 @@ class _Reader(Decoder):
 
 
 def begun(settings: ChatSettings) -> list[Conversation]:
-    """Load the models and return a conversation with each.
-
-    Raises:
-        UserError: one cannot be loaded; nothing that takes long is done where that can be seen.
-    """
+    """Load the models and return a conversation with each; UserError, early, if one cannot be."""
     settings.check()
     models = [settings.loading()]
     if settings.against is not None:
@@ -169,11 +158,7 @@ def begun(settings: ChatSettings) -> list[Conversation]:
 
 
 def ask(conversations: Sequence[Conversation], line: str) -> Iterator[Turn]:
-    """Yield the answers as they grow, a token of each model in turns.
-
-    Raises:
-        UserError: see ``Conversation.ask``.
-    """
+    """Yield the answers as they grow, a token of each model in turns; see ``Conversation.ask``."""
     turn = Turn(line, {one.name: Answer() for one in conversations})
     growing = [one.ask(line) for one in conversations]
     yield turn

@@ -129,9 +129,7 @@ def compress(
     With one, what was decided by measured speed is decided once.
 
     Args:
-        command: the command line of this run, for the report.
         tell: is told each stage as it begins.
-        say: is told each step of training.
         going_on: is told the folder of an interrupted run that goes on.
         first: is told the size and the perplexities of the dense model before anything is pruned;
             without it they are measured after pruning, which may find that the settings cannot be
@@ -316,11 +314,7 @@ class _Stages:
         return self.report(measured, recovery)
 
     def take_tokens(self) -> None:
-        """Write the model with fewer tokens, and ask of pruning what is missing then.
-
-        Raises:
-            UserError: nothing is; seen before tokens are taken where their number is given.
-        """
+        """Write the model with fewer tokens, and ask of pruning what is missing then, if any."""
         settings, dense = self.settings, load(self.settings.computing(), weights=False)
         as_stored = dense.stored_dtype if settings.dtype == "auto" else None
         target, size = target_of(self.pruning), model_size(dense.model, as_stored)
@@ -404,10 +398,7 @@ class _Stages:
         return str(stored)
 
     def _weighed(self, variant: Variant) -> Weighed:
-        """Return the same with the bytes of the weight files.
-
-        Those of a ``.gguf`` file, which packs its weights, say nothing of what pruning saves.
-        """
+        """Return the same with the bytes of weight files; a packed ``.gguf`` says nothing."""
         settings, place, size = self.settings, self.run.path(variant), None
         if variant == "dense":
             place = stored_at(settings.model, settings.revision) or place
@@ -479,11 +470,7 @@ class _Stages:
         self.notes.append(f"recovery was refused, so the pruned model is the result: {why}")
 
     def quantize(self, stage: str) -> bool:
-        """Write the folder ``quantized``: that of a stage with packed weights.
-
-        Returns:
-            Whether there is one: it is asked for, and not refused.
-        """
+        """Write the folder ``quantized``; return whether it is asked for and not refused."""
         source, out = self.run.path(stage), self.run.path("quantized")
         if out.is_dir() or self.settings.quantize == "none":
             return out.is_dir()
@@ -658,10 +645,7 @@ def time_to_recover(
 
 
 def trainings(sizes: Mapping[Variant, Size], control: bool) -> float:
-    """Return how many times as long as that of the pruned model training takes, the control's too.
-
-    As many steps of the dense model take longer by the ratio of parameters.
-    """
+    """Return how many times as long training takes with the control's, by their parameters."""
     if not control:
         return 1.0
     return 1.0 + (sizes["dense"].total / sizes["pruned"].total if "dense" in sizes else 1.0)

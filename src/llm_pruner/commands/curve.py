@@ -81,11 +81,6 @@ def curve(
     Until it is done all lies in a folder beside ``out`` with the ending ``.measuring``. A run that
     was interrupted goes on from there with the points that are missing.
 
-    Args:
-        command: the command line of this run, for the report.
-        tell: is told each point as it begins.
-        going_on: is told the folder of an interrupted run that goes on.
-
     Raises:
         UserError: something that was given must change.
     """
@@ -160,13 +155,10 @@ class CurveRun:
     """Makes points of one model; they share calibration text, first estimate and its predictions.
 
     Args:
-        settings: what to do.
         loaded: the dense model, where it is there already; left as it is.
         discovery: its groups, likewise.
 
     Attributes:
-        text: what is calibrated on, with windows that it does not have to measure on; None until it
-            is read.
         scores: the dense model's importance; empty until it is estimated.
         damage: what its groups do alone, likewise, where trials say so.
         known: the dense model's hidden states on this text, likewise.
@@ -199,11 +191,7 @@ class CurveRun:
         self._run(ratio).reach()
 
     def point(self, ratio: float) -> tuple[Plan, CurvePoint]:
-        """Cut a copy of the model, refit it as the settings say, and measure it.
-
-        Raises:
-            UserError: the size cannot be reached, or there is no text to measure on.
-        """
+        """Cut a copy of the model, refit it as the settings say, and measure it."""
         self._read_text()
         run = self._run(ratio)
         try:
@@ -286,9 +274,9 @@ class CurveRun:
     def _given(self) -> tuple[EvaluationText, PerplexitySettings]:
         """The text of ``--text``, and how it is measured on."""
         settings, longest = self.settings, maximum_length(self.loaded.model) or WINDOW
+        window = min(WINDOW, longest, settings.measured_tokens)
         asked = PerplexitySettings(
-            seq_len=min(WINDOW, longest, settings.measured_tokens),
-            max_tokens=settings.measured_tokens,
+            seq_len=window, max_tokens=max(settings.measured_tokens, 2 * window)
         )
         return _given_text(settings), asked
 
@@ -400,11 +388,7 @@ class _Stages(CurveRun):
             save_file(tensors, partial, about)
 
     def _remember(self) -> None:
-        """Take what an interrupted run has kept.
-
-        Raises:
-            UserError: it is damaged, or the points that are missing cannot be made alike.
-        """
+        """Take what an interrupted run has kept; UserError if the rest cannot be made alike."""
         place = self.work.path(_SHARED)
         if not place.exists():
             return

@@ -207,9 +207,7 @@ def measure_apart(
 ) -> Measured:
     """Do the same in a process of its own, so that models do not share memory.
 
-    Raises:
-        UserError: as ``measure``.
-        LLMPrunerError: the process failed.
+    Raises UserError as ``measure``, LLMPrunerError if the process failed.
     """
     give_back()  # of a GPU, or it would be held for models that are gone
     command = new_python(f"from {__name__} import _measure_there; _measure_there()")
@@ -303,8 +301,7 @@ def write_task_files(
 ) -> list[Path]:
     """Write a folder that ``lm_eval --include_path`` reads; it holds the records and can be moved.
 
-    Raises:
-        UserError: the harness is missing, the data is not sound, or ``out`` is taken.
+    Raises UserError: the harness is missing, the data is not sound, or ``out`` is taken.
     """
     check_output(out, overwrite, [data])
     zero_shot.require_harness()

@@ -17,13 +17,7 @@ from llm_pruner.settings.registry import entry
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that another program reads.
-
-    Attributes:
-        to, type: as asked for.
-        bytes: of the file.
-        facts: what the format says of it, such as the architecture that the program knows.
-    """
+    """A file that another program reads; ``facts`` are what the format says of it."""
 
     model: str
     to: str
@@ -34,12 +28,7 @@ class Exported:
 
 
 def export(settings: ExportSettings) -> Exported:
-    """Write a model as a file of another program.
-
-    Raises:
-        UserError: the program has no such models, the tokenizer cannot be told, the type cannot be
-            made here, or the file cannot be written; all before anything is.
-    """
+    """Write a model as a file of another program; UserError, before that, if it cannot be."""
     form, out = entry("export/formats", settings.to), settings.out
     form.require(settings.type, settings.like)
     check_new_file(out, form.MAGIC, settings.overwrite, settings.reads)

@@ -120,12 +120,7 @@ class Forecast:
 
     Attributes:
         streamed: whether weights are read block by block; ``why`` says what they need and have.
-        stages: in their order; bytes are the peak of the whole process.
-        seconds: of all stages.
-        peak_bytes: of the highest one.
-        saved_bytes: of the weights that are written.
         rates: bytes a second read, widened to the type of computation, and written.
-        took: seconds that this forecast took.
     """
 
     model: str
@@ -141,11 +136,7 @@ class Forecast:
 
 
 def forecast(settings: PruneSettings) -> Forecast:
-    """Return what a run will take; nothing is written.
-
-    Raises:
-        UserError: as the run would before it begins; or it is for a GPU.
-    """
+    """Return what a run will take; UserError as the run would before it begins, or for a GPU."""
     began = time.time()
     run = PruneRun(settings)
     run.check()
@@ -299,11 +290,7 @@ class _Forecaster:
         self.process = psutil.Process().memory_info().rss
 
     def _fitting(self) -> int:
-        """Return how many blocks fit into memory with a cut copy of them, at least one.
-
-        Raises:
-            UserError: not even one does, with embedding and head.
-        """
+        """Return how many blocks fit into memory with a cut copy of them, at least one."""
         if self.run.weightless:
             return BLOCKS
         width, free = self.bytes // self.total, free_bytes("cpu")
@@ -509,11 +496,7 @@ class _Forecaster:
                 self._book_save()
 
     def _book(self, stage: str, seconds: float, more: int, passes: int = 0) -> None:
-        """Book a stage and in how many passes it reads a streamed model's blocks.
-
-        Args:
-            more: bytes beside the weights.
-        """
+        """Book a stage, ``more`` bytes beside the weights, and its passes of a streamed model."""
         seconds += passes * self.in_blocks / self.read
         self.stages[stage] = Taken(seconds, self.process + self.weights + more)
 

@@ -29,11 +29,7 @@ def tokens_go_first(tokens: int, embeddings: int, parameters: int) -> bool:
 def inspect_model(model: ModelSettings) -> dict[str, Any]:
     """Return all groups of a model and all that is frozen, ready for JSON; no weights are read.
 
-    Shares are of all parameters of the model.
-
-    Raises:
-        UserError: the model cannot be loaded.
-        DiscoveryError: it cannot be run.
+    Shares are of all parameters. Raises UserError if it cannot be loaded, DiscoveryError if run.
     """
     loaded = load(model, weights=False)
     discovery = discover(loaded.model)

@@ -17,7 +17,7 @@ from torch import nn
 
 from llm_pruner import planning
 from llm_pruner.checkpoints import SavedCheckpoint, save_checkpoint
-from llm_pruner.checkpoints.save import check_saved_by_shard, keep_type_, round_
+from llm_pruner.checkpoints.save import check_layers_left, check_saved_by_shard, keep_type_, round_
 from llm_pruner.commands import prune_start as start
 from llm_pruner.commands.inspect import tokens_go_first
 from llm_pruner.commands.publish import check_push
@@ -92,8 +92,6 @@ class PruneRun:
     What is there already can be handed in: a model and its groups, calibration text, importance.
 
     Args:
-        settings: what to do.
-        command: the command line of this run, for the report.
         estimate: gives the importance of the units in place of the criterion.
         scores: the first estimate, which is the dense model's, where another run made it.
         damage: what its groups do alone, likewise.
@@ -137,10 +135,7 @@ class PruneRun:
         """Do the same in each of several processes that a launcher started.
 
         They share the text of the first estimate; the first one does all else, while the others
-        wait, and returns what was done.
-
-        Raises:
-            UserError: as ``carry_out``, or the processes cannot meet.
+        wait, and returns what was done. Raises UserError also if they cannot meet.
         """
         if is_sharded():
             raise UserError(
@@ -174,9 +169,7 @@ class PruneRun:
     def carry_out(self) -> Pruned:
         """Go through all stages: save a folder that ``from_pretrained`` loads, or the plan alone.
 
-        Raises:
-            UserError: something that was given must change; nothing is written.
-            VerificationError: the pruned model is not its twin; nothing is written.
+        Raises UserError, or VerificationError if it is not its twin; nothing is written then.
         """
         try:
             return self._carry_out()
@@ -365,10 +358,7 @@ class PruneRun:
             self.splits = False
 
     def _begin_refit(self) -> None:
-        """Keep the dense weights, which a refit needs.
-
-        Where the model is no chain of blocks, one that was not asked for is left out.
-        """
+        """Keep the dense weights, which a refit needs; without a chain none is made unasked."""
         some = torch.arange(8, device=next(self.network.parameters()).device)[None]
         try:
             with undisturbed(self.network), torch.enable_grad():
@@ -423,11 +413,7 @@ class PruneRun:
         self._cut(self.discovery, self.removal, self.removal)
 
     def _check_space(self, known: HiddenStates | None = None) -> None:
-        """Raise UserError if the disk is too full for what is left of the weights.
-
-        Args:
-            known: hidden states that are gone when they are saved.
-        """
+        """Raise UserError if the disk is too full for weights, of which ``known`` makes room."""
         if not self.saves:
             return
         before, after = (count_parameters(self.discovery, one) for one in (None, self.removal))
@@ -441,11 +427,7 @@ class PruneRun:
     def reach(self) -> planning.Cost | None:
         """Decide what was left to the model, and refuse a target that no importance can reach.
 
-        Returns:
-            What the target counts; None for parameters.
-
-        Raises:
-            UserError: see ``planning.check_reachable``.
+        Returns what the target counts; None for parameters.
         """
         assert self.target is not None
         self._decide()
@@ -619,6 +601,8 @@ class PruneRun:
                 read.
         """
         self.surgeon.cut(discovery, removal)
+        if last and self.saves and (self.refits or self.repairs):
+            check_layers_left(self.network, self.surgeon.edits, self.dense_config)
         if self.refitter is None or self.text is None:
             return
         if last:
@@ -764,10 +748,7 @@ class PruneRun:
         write_report(folder, partial(self._report, done))
 
     def _after(self) -> dict[str, Any]:
-        """Return what decided about what was done after the cut, by the names of the options.
-
-        That of a replay is not what its plan was made with.
-        """
+        """Return what decided about what was done after the cut, by the names of the options."""
         settings, replayed = self.settings, self.settings.plan is not None
         found: dict[str, Any] = {}
         if replayed:

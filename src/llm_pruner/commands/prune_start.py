@@ -79,11 +79,8 @@ def criterion_of(settings: PruneSettings) -> Criterion:
 def finds_split(settings: PruneSettings, criterion: Criterion) -> bool:
     """Return whether the split of the budget is found by trial removals.
 
-    Where it was not asked for by name, it is where there is something to split (several structures,
-    and a number of parameters to remove), and text is there anyway, because the criterion reads it.
-
-    Raises:
-        UserError: a split of parameters is asked for where none are counted.
+    Where it was not asked for by name, it is where there is something to split and the criterion
+    reads text anyway. Raises UserError where it is asked for and no parameters are counted.
     """
     asked = "split" in settings.given
     for name, counted in (("kv_cache", "the cache"), ("unit_ratio", "units")):
@@ -119,10 +116,8 @@ def default_protection(discovery: Discovery) -> tuple[int, int]:
 def tries_layers(settings: PruneSettings, criterion: Criterion) -> bool:
     """Return whether trials of each layer alone say how much each one loses.
 
-    Where they were not asked for by name, only if text is there anyway.
-
-    Raises:
-        UserError: it is asked for where all layers lose the same, or there is no text to judge by.
+    Where they were not asked for by name, only if text is there anyway. Raises UserError where all
+    layers lose the same, or there is no text to judge by.
     """
     if not settings.layer_trials:
         return False
@@ -244,11 +239,7 @@ def check_space(
 def writes_slowly(
     settings: PruneSettings, size: tuple[int | None, int] | None, device: str
 ) -> bool:
-    """Whether a model writes text and would read all weights, in another type, for each token.
-
-    Args:
-        size: its parameters and bytes, of `stored_size`.
-    """
+    """Whether a model of this `stored_size` would read and cast all weights for each token."""
     written = not WRITERS.keys().isdisjoint(shares_of(settings.calibration))
     kind: torch.dtype = getattr(torch, settings.computing().dtype)
     parameters = LARGE if size is None else size[0] or 0
@@ -256,11 +247,7 @@ def writes_slowly(
 
 
 def holds_new_weights(settings: PruneSettings, size: tuple[int | None, int] | None) -> bool:
-    """Whether the disk has room for the new weights of a refit, beside the folder if that is there.
-
-    Args:
-        size: as for `writes_slowly`.
-    """
+    """Whether the disk has room for the new weights of a refit of a model of this `stored_size`."""
     same = os.stat(scratch_folder()).st_dev == os.stat(outputs.nearest(settings.out)).st_dev
     times = 2 if same and not settings.dry_run else 1
     return size is None or times * size[1] < free_on_disk()

@@ -58,12 +58,9 @@ def check_push(settings: OutputSettings, *, dry_run: bool = False) -> None:
 
 
 def push(settings: OutputSettings) -> str | None:
-    """Upload the folder that was written; return its address, None where none was asked for.
+    """Upload the folder but ``LOCAL``, in one commit; return its address, None if unasked.
 
-    All files go in one commit, but for those in ``LOCAL``.
-
-    Raises:
-        LLMPrunerError: the upload failed; the folder is as it was.
+    Raises LLMPrunerError if the upload failed; the folder is as it was.
     """
     repository, out = settings.push_to_hub, settings.out
     if repository is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,7 +39,7 @@ from llm_pruner.evaluation.perplexity import (
     perplexity_of_windows,
 )
 from llm_pruner.evaluation.servers import served_by
-from llm_pruner.files.disk import tidy
+from llm_pruner.files.disk import short_digest, tidy
 from llm_pruner.files.outputs import (
     RECOVERY_FILE,
     check_output,
@@ -112,10 +111,6 @@ def recover_checkpoint(
     Of several processes that a launcher started, each calls this with the same arguments. The first
     one writes, and the others return the same without perplexities and what the folder is like.
 
-    Args:
-        command: the command line of this run, for the report.
-        say: called after each step.
-
     Raises:
         UserError: something that was given must change; ``out`` is as it was.
     """
@@ -159,11 +154,9 @@ class _Run:
         settings: as they hold on this machine.
         asked: as they were given.
         loading: how the model is loaded that is trained.
-        loaded: that model; once it was trained, what came of it.
         made: folder with what says how it was pruned.
         dense: the teacher; None without one.
         controlling: how the dense model is loaded that is trained, too; None if none is.
-        samples: of each source.
         facts: all that decides how the run goes.
     """
 
@@ -214,11 +207,7 @@ class _Run:
         return result
 
     def _load(self, examples: dict[str, Examples]) -> LoadedModel | None:
-        """Load the models and make the samples, or find that an interrupted run had others.
-
-        Returns:
-            The control, which is kept in memory by nothing else.
-        """
+        """Load the models and make the samples as in an interrupted run; return the control."""
         settings = self.settings
         earlier = workdir.read_values(self.work / workdir.RUN) if settings.resume else None
         ways = ways_to_load(settings, self.processes, earlier)
@@ -282,7 +271,7 @@ class _Run:
             settings = settings.but(max_minutes=None, max_steps=max(pruned.run.total, 1))
         dense = self._loaded(loading)
         alone = self._measure(dense, None)
-        work = self.work / f"control-{digest(dense.fingerprint)}"
+        work = self.work / f"control-{short_digest(dense.fingerprint)}"
         network, outcome = self._train(dense.model, loading, settings, work, pruned.steps)
         trained = self._measure(replace(dense, model=network), self._reference(loading))
         return Control(
@@ -305,10 +294,7 @@ class _Run:
         work: Path,
         steps: int | None = None,
     ) -> tuple[Any, Outcome]:
-        """Train a model, for so many steps at most.
-
-        The adapter of the pruned one is kept where that was asked for.
-        """
+        """Train a model, for so many steps at most; the pruned one's adapter may be kept."""
         control = loading is not self.loading
         train = [one for each in self.samples for one in each.train]
         held_out = [one for each in self.samples for one in each.held_out]
@@ -509,6 +495,18 @@ def check_data(settings: RecoverSettings) -> None:
         raise UserError(
             "--data self is text that the dense model writes; name that model with --teacher"
         )
+    mute = settings.teacher is not None and not settings.distils
+    if mute and SELF not in settings.data:
+        raise UserError(
+            "--distill-weight 0 leaves the teacher nothing to do; add --data self, which it "
+            "writes, or leave --teacher out"
+        )
+    for name in ("temperature", "teacher_top_k") if mute else ():
+        if name in settings.given:
+            raise UserError(
+                f"{option_name(name)} is about what the teacher says, of which --distill-weight 0 "
+                "hears nothing; leave one of them out"
+            )
     if PRUNED in settings.data:
         if settings.teacher is None:
             raise UserError(
@@ -603,8 +601,7 @@ def make_samples(
 ) -> list[Samples]:
     """Return the samples of each source, those of ``self`` and ``pruned`` written by a model.
 
-    Raises:
-        UserError: a source has too few, or the model lacks a token of them.
+    Raises UserError if a source has too few, or the model lacks a token of them.
     """
     if settings.mask_prompt and not any(
         example.turns for each in examples.values() for example in each.examples
@@ -625,7 +622,7 @@ def make_samples(
         if source in _WRITTEN:
             writer = dense if source == SELF else loaded
             assert writer is not None
-            kept = (settings.teacher_cache or work) / f"{source}-{digest(computing(writer))}"
+            kept = (settings.teacher_cache or work) / f"{source}-{short_digest(computing(writer))}"
             if source == SELF:
                 kept = settings.kept or kept
                 options["limit"] = settings.self_samples or settings.samples
@@ -646,20 +643,12 @@ def make_samples(
 
 
 def computing(model: LoadedModel, bf16: bool | None = False) -> str:
-    """Return what identifies a model with the types in which it computes.
+    """Return what identifies a model with its types, of which its fingerprint knows nothing.
 
-    Its fingerprint is that of all types, and what it says is not.
-
-    Args:
-        bf16: whether its modules multiply in bfloat16, whatever the type of its weights.
+    ``bf16``: whether its modules multiply in bfloat16, whatever the type of its weights.
     """
     products = "bfloat16" if bf16 else "its own"
     return f"{model.fingerprint}, weights {dtype_name(model.model)}, products {products}"
-
-
-def digest(fingerprint: str) -> str:
-    """Return 16 hex digits of the SHA-256 of what identifies a model, for the name of a folder."""
-    return hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
 
 
 def facts_of(

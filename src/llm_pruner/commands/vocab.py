@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,7 @@ class Trimmed:
     """A model with fewer tokens. What changed is measured on a part of the text that was not read.
 
     Attributes:
-        tokens, parameters: of dense and smaller model.
         bits_per_byte: mean loss over the bytes of the text, which does not depend on its tokens.
-        tokens_per_kilobyte: how many tokens the text takes.
         difference: largest absolute difference of logits of tokens that stayed.
         kept: the old ids of the tokens, in the order of their new ones.
     """
@@ -82,10 +81,8 @@ class Trimmed:
 def vocab(settings: VocabSettings) -> Trimmed:
     """Save a model without the tokens that a text does not need.
 
-    Raises:
-        UserError: the folder cannot be written, the text is too short, or the model, the tokenizer
-            or the size cannot be had.
-        VerificationError: the smaller model gives other logits; nothing is written.
+    Raises UserError where that cannot be, VerificationError where the smaller model gives other
+    logits; nothing is written.
     """
     only_one("vocab")
     check_output(settings.out, settings.overwrite, settings.reads)
@@ -102,6 +99,7 @@ def vocab(settings: VocabSettings) -> Trimmed:
     counts = known.count(track(read, "tokens of texts"))
     kept = known.choose(counts, settings.size)
     smaller = known.cut(kept)
+    _require_same_text(tokenizer, smaller, apart)
     before = _measured(loaded, tokenizer, apart)
     difference, parameters, edits = _cut_(model, smaller, kept, apart)
     after = _measured(loaded, smaller, apart)
@@ -172,6 +170,19 @@ def _texts(settings: VocabSettings) -> tuple[list[str], str]:
             f"of all, and {LEAST} are needed; give more text"
         )
     return read, held_out
+
+
+def _require_same_text(dense: Any, smaller: Any, text: str) -> None:
+    """Raise UserError if a text is not read back from its tokens as it was with all of them."""
+    before, after = (one.decode(bare_ids(one, text)) for one in (dense, smaller))
+    if before != after:
+        same = [one == other for one, other in zip_longest(before, after)]
+        place = same.index(False)
+        was, now = (repr(one[place : place + 8]) for one in (before, after))
+        raise UserError(
+            f"with fewer tokens the tokenizer gives {now} for {was} of the text kept apart, so "
+            "tokens cannot be taken from it; nothing was written"
+        )
 
 
 def _measured(loaded: LoadedModel, tokenizer: Any, text: str) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.files.disk import (
     discard,
     expanded,
+    locked,
     make_parents,
     put,
     read_json,
@@ -107,17 +108,8 @@ def check_ours(folder: Path, kind: Kind) -> None:
 
 def is_busy(folder: Path) -> bool:
     """Whether another process is at work in the folder of a run."""
-    try:
-        import fcntl
-
-        with (folder / _LOCK).open() as stream:
-            # Shared, so that several that ask do not see each other.
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except (ImportError, OSError):  # not on Windows; no folder; a file system without locks
-        pass
-    return False
+    with locked(folder / _LOCK, shared=True) as free:  # several that ask do not see each other
+        return free is False and (folder / _LOCK).exists()
 
 
 def empty(folder: Path, kind: Kind) -> None:
@@ -142,10 +134,8 @@ def remove_run(folder: Path, kind: Kind) -> None:
 def begun(folder: Path, kind: Kind) -> Iterator[None]:
     """Make the folder of a run, if it is not there, and hold it for this process.
 
-    If the block raises and nothing was done that is worth going on with, it is removed.
-
-    Raises:
-        UserError: it holds something else, or another process is at work in it.
+    If the block raises and nothing was done that is worth going on with, it is removed. Raises
+    UserError if it holds something else, or another process is at work in it.
     """
     tidy(folder)
     check_ours(folder, kind)
@@ -153,7 +143,10 @@ def begun(folder: Path, kind: Kind) -> Iterator[None]:
     nothing = {_LOCK} if (folder / RUN).exists() else {_LOCK, RUN}
     made = make_parents(folder)
     try:
-        with _locked(folder):
+        (folder / _LOCK).touch()
+        with locked(folder / _LOCK) as free:
+            if free is False:  # or another was just done, and has removed the folder
+                raise busy(folder)
             try:
                 yield
             except BaseException:
@@ -214,10 +207,7 @@ class Work:
     def once(
         self, name: str, kind: type[_T], make: Callable[[], _T], stage: str | None = None
     ) -> _T:
-        """Return a record of this kind that is made once, in a file of this name.
-
-        The time goes to the stage, by default of the same name.
-        """
+        """Return a record that is made once, in a file of this name; the time goes to the stage."""
         file = self.path(f"{name}.json")
         if (found := read_values(file, kind)) is not None:
             return found
@@ -231,10 +221,7 @@ class Work:
 
 
 def move_result(folder: Path, out: Path, overwrite: bool, reads: Iterable[str]) -> None:
-    """Put a complete folder in its place.
-
-    After a kill it goes on where it was: a folder that is gone was moved.
-    """
+    """Put a complete folder in its place; one that is gone was moved before a kill."""
     tidy(out.resolve())
     if not folder.is_dir():
         return
@@ -248,13 +235,8 @@ def opened(
 ) -> Iterator[Work]:
     """Yield the run in ``folder``; a new one if there is none, or it is to be thrown away.
 
-    Args:
-        settings: all that decides how the run goes, as plain values.
-        kind: whose run it is.
-
-    Raises:
-        UserError: the run there has other settings, another process is at it, or the folder holds
-            something else.
+    ``settings`` are all that decides how the run goes, as plain values. Raises UserError if the run
+    there has others, another process is at it, or the folder holds something else.
     """
     with begun(folder, kind):
         if restart:
@@ -292,10 +274,7 @@ def contents(sources: Iterable[str]) -> dict[str, str | None]:
 
 
 def begin_or_go_on(work: Path, facts: dict[str, Any], *, resume: bool, writes: bool) -> None:
-    """Write all that decides how a recovery goes, if this process writes.
-
-    If it resumes one that was interrupted, raise UserError if that was asked for something else.
-    """
+    """Write what decides a recovery, if this process writes; refuse to resume another one."""
     file, now = work / RUN, json.loads(json.dumps(facts))
     old = (read_values(file) if resume else None) or now
     differ = [key for key in facts if key not in _CHANGEABLE and old.get(key) != now[key]]
@@ -316,10 +295,7 @@ def begin_or_go_on(work: Path, facts: dict[str, Any], *, resume: bool, writes: b
 
 
 def note_result(work: Path, made: Path) -> None:
-    """Note the result of a recovery, in a folder that is going to take its place.
-
-    No two have the same record: it holds the seconds of each.
-    """
+    """Note the result of a recovery, before it takes its place; no two have the same record."""
     write_output(work / _RESULT, str(content(str(made / RECOVERY_FILE))))
 
 
@@ -336,10 +312,7 @@ def remove_finished(work: Path, out: Path) -> None:
 
 
 def read_values(file: Path, kind: Any = dict[str, Any]) -> Any:
-    """Return the values in a file, as a record of this kind; None if there is no file.
-
-    Raises UserError if they are damaged.
-    """
+    """Return the record in a file, None if there is no file; raise UserError if it is damaged."""
     try:
         return TypeAdapter(kind).validate_python(read_json(file))
     except FileNotFoundError:
@@ -385,33 +358,6 @@ def _require_same(folder: Path, found: Mapping[str, Any], asked: Mapping[str, An
 
 def _said(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; a process that dies lets go of it."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    with (folder / _LOCK).open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise busy(folder) from None
-        except OSError:  # a file system without locks
-            pass
-        if not _same_file(stream.fileno(), folder / _LOCK):
-            raise busy(folder)  # which was just done, and has removed the folder
-        yield
-
-
-def _same_file(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def busy(folder: Path) -> UserError:

@@ -55,21 +55,11 @@ class Equations(ABC):
     """Weighted tokens that a weight is fitted to."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        """Begin without tokens, in at least float32.
-
-        Args:
-            weight: as the cut left it, shape (out_features, in_features).
-        """
+        """Begin without tokens, in at least float32; ``weight``, (out, in features), is as cut."""
         self.weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> None:
-        """Add tokens.
-
-        Args:
-            inputs: shape (tokens, in_features).
-            targets: shape (tokens, out_features).
-            weights: shape (tokens,), of each token's squared error.
-        """
+        """Add inputs (tokens, in_features), targets (tokens, out_features), weights (tokens,)."""
         dtype = self.weight.dtype
         root = weights.to(dtype).sqrt()[:, None]
         with fast_products():
@@ -112,12 +102,7 @@ class Rows(Equations):
         self._targets += other._targets
 
     def error(self, weight: torch.Tensor, outputs: torch.Tensor | None = None) -> float:
-        """Return the squared error of a weight over the squared norm of the targets.
-
-        Args:
-            weight: shape (out_features, in_features), or the rows of some outputs.
-            outputs: their numbers.
-        """
+        """Return the squared error of a weight, or rows of ``outputs``, over that of targets."""
         targets = self.targets if outputs is None else self.targets[:, outputs]
         with fast_products():
             left = targets - self.inputs @ weight.to(targets.dtype).T
@@ -196,7 +181,6 @@ class System:
     """What `ridge` is added to the diagonal of, and what it is solved for.
 
     Attributes:
-        matrix: symmetric, shape (unknowns, unknowns).
         right: gives the rows of some output features, shape (outputs, unknowns).
         back: from a solution to a change of the weight: a matrix (unknowns, in_features) that it is
             multiplied with, or a factor of each input (in_features,).
@@ -212,8 +196,6 @@ class System:
         """Return the change of the weight, (outputs, in_features), in a list; none if it has none.
 
         Args:
-            ridge: positive.
-            outputs: output features that are wanted; all by default.
             derivatives: how many of them by the ridge follow.
         """
         diagonal = self.matrix.diagonal()

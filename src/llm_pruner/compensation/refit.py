@@ -1,26 +1,11 @@
 """Refit the consumers of a pruned model, block after block, to follow the dense model.
 
-For each block of the pruned model, the dense model's block runs on the dense hidden states and the
-pruned one on its own. A consumer (``o_proj``, ``down_proj``) is then fitted by least squares so
-that
-
-- the hidden state behind it is the dense one again, where its output is added to the hidden state
-  as it is, or times a number that is the same in the whole block: this also takes back what went
-  wrong before;
-- its output is the dense one, where the block does something else with it, such as a norm.
-
-Tokens are weighted by 1 / mean(h^2) of the dense hidden state h, because the norms of later blocks
-see every token at that scale; without it a few tokens of massive activation decide the fit.
-
-Where layers went behind a block, the last consumer in it is fitted to the dense hidden state behind
-these layers: it stands in for them as far as a linear map can (ReplaceMe, arXiv 2505.02819).
-
-Where anything went but heads and FFN channels, such as layers, experts or hidden channels, every
-consumer that is left is fitted; otherwise those alone that lost inputs: the others would only learn
-to take back what went wrong before them, and that does not carry over to other text.
-
-The first token of a sample counts as much as a quarter of all: most models have their attention
-sink there, and a fit that is off by a little at this token takes the sink away from all others.
+What is fitted to what, and why, stands in ``docs/how-it-works.md`` (Compensation). For each block
+the dense model's runs on the dense hidden states and the pruned one on its own. A consumer
+(``o_proj``, ``down_proj``) is fitted so that the hidden state behind it is the dense one again,
+where its output is added to that, maybe times a number that is the same in the whole block; else
+its output is the dense one. Where layers went behind a block, its last consumer is fitted to the
+dense hidden state behind these (ReplaceMe, arXiv 2505.02819).
 
 Only two hidden states per token are held at a time, in memory or in files. Where a pass over the
 first samples left those of the dense model, its blocks run on these samples only for what is not
@@ -81,7 +66,6 @@ class Refitted:
 
     Attributes:
         module: qualified name in the pruned model.
-        ridge: the one that was chosen; None if the weight was left as it was.
         before: squared error over the squared norm of the target, on held-out tokens.
         after: the same after the refit; never larger.
     """
@@ -163,8 +147,6 @@ class _Consumer:
     """A consumer that is left.
 
     Attributes:
-        name: qualified name in the pruned model.
-        module: there.
         out: output features of the dense module that the pruned one has.
         fitted: whether least squares fits it: where it lost inputs, and everywhere if other kinds
             than those in ``KINDS`` went.
@@ -217,11 +199,8 @@ class _Rows:
     """A tensor per token of all samples; of the first ones it may be there already.
 
     Args:
-        samples: how many there are.
         memory: bytes that may stay in memory.
         known: what the first ones are read from.
-        block: the boundary there.
-        count: how many they are.
     """
 
     def __init__(
@@ -328,11 +307,7 @@ class _Refit:
                 behind.write(part, self._run(chain, index, part, hidden.read(part)))
 
     def _block(self, index: int, at: int, target: _Rows) -> tuple[int, _Rows]:
-        """Refit one block's consumers and go past it.
-
-        Returns:
-            How many dense blocks lie behind, and the dense hidden states there.
-        """
+        """Refit a block's consumers and go past it; return dense blocks behind and their states."""
         inside = {id(module) for module in self.dense.blocks[at].modules()}
         if not any(consumer.fitted for key, consumer in self.consumers.items() if key in inside):
             self._advance(self.pruned, index, self.hidden, self.hidden)
@@ -492,10 +467,7 @@ class _Refit:
 
 
 def _adds_up(states: torch.Tensor, outputs: Sequence[torch.Tensor], behind: torch.Tensor) -> float:
-    """Return f if a block is h + f * (its consumers' outputs), and nothing else; 0 otherwise.
-
-    Most have f = 1; Granite and others multiply what a block adds.
-    """
+    """Return f if a block is h + f * (its consumers' outputs), and nothing else; 0 otherwise."""
     if any(output.shape != states.shape for output in outputs) or not outputs:
         return 0.0
     added = (behind - states).double()

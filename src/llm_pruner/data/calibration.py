@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ from llm_pruner.data.sequences import added_tokens, bare_ids, room_for_text
 from llm_pruner.data.text import CHAT, SELF, Documents, load_documents, running_text, shares_of
 from llm_pruner.data.turns import Turns
 from llm_pruner.errors import UserError
+from llm_pruner.files.disk import short_digest
 from llm_pruner.models.forward import check_length
 from llm_pruner.models.load import LoadedModel, load_tokenizer
 from llm_pruner.runtime.progress import Clock
@@ -39,7 +39,6 @@ class Calibration:
 
     Attributes:
         input_ids: shape (samples, seq_len), int64, on the CPU; every position is a real token.
-        source: what the user named.
         settings: what a plan records: source, name, split, text_field, text_split (as it was asked
             for), samples, seq_len, seed and the fingerprint of ``input_ids``.
         unseen: other windows of the same sources, shape (windows, seq_len), to measure on; none
@@ -110,7 +109,7 @@ def build_calibration(
         "samples": len(input_ids),
         "seq_len": asked.seq_len,
         "seed": seed,
-        "fingerprint": hashlib.sha256(input_ids.numpy().tobytes()).hexdigest()[:16],
+        "fingerprint": short_digest(input_ids.numpy().tobytes()),
     }
     rest_of_all = _spread([one.unseen for one in parts])
     return Calibration(input_ids, asked.calibration, settings, rest_of_all)
@@ -171,11 +170,7 @@ def _wanted(asked: CalibrationSettings, least: float | None = None) -> list[_Wan
 def documents_of(
     source: str, others: Collection[str], *, text_field: str | None, **how: Any
 ) -> Documents:
-    """Read one of several sources, of which one at least has ``text_field``.
-
-    Raises:
-        UserError: as ``load_documents``, or none of them has it.
-    """
+    """Read one of several sources, of which one at least has ``text_field``, or UserError."""
     try:
         return load_documents(source, text_field=text_field, **how)
     except NoFieldError:
@@ -238,11 +233,7 @@ def _self_written(
 
 
 class _Stream:
-    """Tokens of documents one behind the other, and where windows begin in them.
-
-    Args:
-        size: tokens of a window that are of the stream.
-    """
+    """Tokens of documents one behind the other, and where windows of ``size`` begin in them."""
 
     def __init__(self, tokenizer: Any, size: int) -> None:
         self.tokenizer, self.size = tokenizer, size
@@ -253,8 +244,7 @@ class _Stream:
     def read_on_(self, texts: list[str], documents: int, tokens: int) -> tuple[list[int], int]:
         """Take texts off the end of a list until so many, and so many tokens, are read.
 
-        Returns:
-            Where windows begin, and where the last of them ends; reading on adds to them.
+        Returns where windows begin, and where the last ends; reading on adds to them.
         """
         while texts and (self.read < documents or len(self.tokens) < tokens):
             ids = bare_ids(self.tokenizer, texts.pop())
@@ -272,11 +262,7 @@ class _Stream:
 
 
 def _texts(documents: Documents, parting: str, needed: int) -> list[str]:
-    """Return the documents, each with what parts it from the next, or a running text as one.
-
-    Args:
-        needed: tokens.
-    """
+    """Return so many tokens of documents, with what parts them, or a running text as one."""
     running = running_text(documents, "standard")
     if running is None and sum(map(len, documents.texts)) < SHORT_DOCUMENT * len(documents.texts):
         running = documents.raw
@@ -347,14 +333,9 @@ def _pack(
 
 
 def check_calibration(asked: CalibrationSettings, model: ModelSettings | None = None) -> Any:
-    """Raise UserError if the calibration text cannot be read.
+    """Raise UserError if the calibration text cannot be read; return the tokenizer, if needed.
 
-    Args:
-        model: whose tokenizer says how long a text is, and how chats are written; None if that is
-            not to be known yet.
-
-    Returns:
-        The tokenizer, if it was needed.
+    ``model``: whose tokenizer tells lengths and writes chats; None if that is not to be known yet.
     """
     samples, scored = asked.samples, asked.score_samples
     if scored is not None and scored > samples:

@@ -67,10 +67,7 @@ def read_rows(path: Path) -> Iterator[Any]:
 
 
 def texts_of_rows(rows: Iterable[Any], name: str, text_field: str | None) -> Iterator[str]:
-    """Yield the text of each row; a row is a string or a mapping from field to value.
-
-    One row decides which field is read, see ``load_documents`` and ``deciding``.
-    """
+    """Yield the text of each row, a string or a mapping; one decides the field, see `deciding`."""
     rest = iter(rows)
     begin = [*islice(rest, BEGINNING)]
     fields: tuple[str, ...] | None = None
@@ -99,10 +96,7 @@ def texts_of_rows(rows: Iterable[Any], name: str, text_field: str | None) -> Ite
 
 
 def deciding(rows: Sequence[Any]) -> Mapping[str, Any] | None:
-    """Return the record that says what the fields of all mean; None if none is an object.
-
-    It is the first of those that have something in most fields.
-    """
+    """Return the first record with something in most fields, which tell all; None if no object."""
     records = [row for row in rows if isinstance(row, Mapping) and row]
     filled = [sum(not _is_empty(value) for value in row.values()) for row in records]
     return records[filled.index(max(filled))] if records else None
@@ -336,11 +330,7 @@ def read_source(
 
     With a limit a dataset is streamed, so that only its beginning is downloaded; a local file is
     read whole, so that a broken line far down shows before any work. The split of a dataset is by
-    default ``train``, that of a file None.
-
-    Raises:
-        UserError: as ``read_rows``; the name of a dataset is malformed, or it cannot be loaded (no
-            network, no such name, config or split).
+    default ``train``, that of a file None. Raises UserError if it cannot be had, as ``read_rows``.
     """
     if is_file_name(source):
         file = expanded(source)
@@ -438,11 +428,8 @@ _SKILLS: dict[str, tuple[str, dict[str, Field]]] = {
 def read_task(folder: Path, task: str) -> list[Record]:
     """Return the records of ``<task>.jsonl`` in a folder, with the fields of the task and no other.
 
-    Fields and their meaning are those of the datasets that lm-evaluation-harness reads.
-
-    Raises:
-        UserError: the task is none of ``LOCAL_TASKS``, the file is missing or empty, or a line
-            lacks a field or holds something else in it.
+    Fields and their meaning are those of the datasets that lm-evaluation-harness reads. Raises
+    UserError if the task is none of ``LOCAL_TASKS``, or a line is not what it should be.
     """
     if task not in _SCHEMAS:
         raise UserError(
@@ -453,11 +440,7 @@ def read_task(folder: Path, task: str) -> list[Record]:
 
 
 def read_skill(folder: Path, skill: str) -> list[Record]:
-    """Return the records of ``human_eval.jsonl`` or ``gsm8k.jsonl`` in a folder, by the skill.
-
-    Raises:
-        UserError: as ``read_task``.
-    """
+    """Return the records of ``human_eval.jsonl`` or ``gsm8k.jsonl`` in a folder, by the skill."""
     name, schema = _SKILLS[skill]
     return _records(folder, name, skill, schema)
 

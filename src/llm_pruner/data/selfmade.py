@@ -136,10 +136,7 @@ def _barred(tokenizer: Any, turns: Turns | None, tokens: int) -> torch.Tensor:
 def _opened(model: Any, texts: torch.Tensor, tokens: int) -> tuple[Decoder, torch.Tensor]:
     """Return what has read how texts begin, shape (texts, T), and the logits after that.
 
-    Chats begin alike, with what their template says first: that is read once for all.
-
-    Args:
-        tokens: to which the texts will grow.
+    Chats, which will grow to ``tokens``, begin alike: what their template says first is read once.
     """
     decoder = Decoder(model)
     alike = texts.shape[1] > 1 and bool((texts == texts[0]).all())
@@ -333,10 +330,7 @@ def write_text_cached(
     """Return what the source's writer does, ``CHUNK`` windows at a time, each kept in ``folder``.
 
     What was written before an interruption is read again. The folder belongs to one model, length
-    and seed; more samples continue what is there.
-
-    Raises:
-        UserError: as the writer, or a file is damaged.
+    and seed; more samples continue it. Raises UserError also where a file is damaged.
     """
     name = "" if source == SELF else f"{source}-"
     folder.mkdir(parents=True, exist_ok=True)

@@ -174,10 +174,7 @@ def check_chats(examples: Sequence[Example], tokenizer: Any) -> None:
 
 
 def _encoded(pieces: Sequence[Piece], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Return the ids of pieces as one text, and of each token whether a part of it is learned.
-
-    Pieces that are encoded apart begin as a text does: by many tokenizers with a space.
-    """
+    """Return the ids of pieces encoded as one text, and whether a part of each token is learned."""
     text = "".join(part for part, _ in pieces)
     if all(each for _, each in pieces):
         ids = bare_ids(tokenizer, text)
@@ -292,11 +289,7 @@ def template_ids(tokenizer: Any) -> set[int]:
 
 
 def render_chat(tokenizer: Any, messages: list[dict[str, str]], prompting: bool) -> str:
-    """Return what the chat template makes of messages; if ``prompting``, up to the next answer.
-
-    Raises:
-        UserError: the template rejects them.
-    """
+    """Return what the chat template makes of messages, up to the next answer if ``prompting``."""
     try:
         return str(
             tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompting)

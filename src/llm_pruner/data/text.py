@@ -78,10 +78,8 @@ _SHARE = re.compile(r"(.+):(\d*\.?\d+)")
 def shares_of(mixture: str) -> dict[str, float]:
     """Return source -> share of a mixture such as ``c4:0.6,code.jsonl:0.4``, equal without shares.
 
-    Parts stand between commas; a file's name may hold commas, and what a share looks like.
-
-    Raises:
-        UserError: a source stands twice, some have a share and some do not, or one is nothing.
+    A file's name may hold commas, and what a share looks like. Raises UserError if a source stands
+    twice or is nothing, or some have a share and some do not.
     """
     if _is_there(mixture):
         return {mixture: 1.0}
@@ -158,9 +156,7 @@ def has_fields(source: str) -> bool:
 def with_field(read: Callable[[str | None], T], text_field: str | None, others: Iterable[str]) -> T:
     """Read a source beside others: ``--text-field`` may be about one of these.
 
-    Raises:
-        UserError: what reading raises with the field, where it raises without it as well, or none
-            of the others has fields.
+    Raises UserError as reading does, with the field or without, or if no other has fields.
     """
     try:
         return read(text_field)
@@ -174,11 +170,7 @@ def with_field(read: Callable[[str | None], T], text_field: str | None, others: 
 def read_each(
     read: Callable[[str, str | None], T], sources: Iterable[str], text_field: str | None
 ) -> dict[str, T]:
-    """Read several sources, each once, of which one at least has ``text_field``.
-
-    Raises:
-        UserError: what reading raises; that none of those with fields has this one.
-    """
+    """Read several sources, each once, of which one at least has ``text_field``, or UserError."""
     found: dict[str, T] = {}
     lacking: dict[str, NoFieldError] = {}
     names = [*dict.fromkeys(sources)]

@@ -93,11 +93,7 @@ def split_samples(
 
 
 def without_held_out(samples: Sequence[Samples]) -> list[Samples]:
-    """Return the samples of each source without those that another one holds out.
-
-    Raises:
-        UserError: none is left to train on.
-    """
+    """Return each source's samples without what others hold out; UserError if none is left."""
     kept = []
     for one in samples:
         others = [each for other in samples if other is not one for each in other.held_out]
@@ -132,11 +128,7 @@ def self_made_samples(
 ) -> Samples:
     """Return samples of text that a model writes, kept in ``folder``; see ``write_text_cached``.
 
-    Args:
-        name: of the source.
-
-    Raises:
-        UserError: as ``write_text``, or there are too few.
+    Raises UserError also if there are too few.
     """
     count = SELF_SAMPLES if limit is None else limit
     ids = write_text_cached(writer, tokenizer, folder, samples=count, seq_len=seq_len, seed=seed)

@@ -24,11 +24,7 @@ class Turns:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        """Read the template.
-
-        Raises:
-            UserError: there is none, it refuses a plain chat, or no special token ends a turn.
-        """
+        """Read the template, or raise UserError if it tells no turns."""
         if not getattr(tokenizer, "chat_template", None):
             raise UserError(
                 "source 'chat' is what the model writes by its chat template, and the tokenizer "

@@ -23,19 +23,15 @@ from llm_pruner.errors import UserError
 Ids = npt.NDArray[np.int64]
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 _BATCH, _PIECE = 1000, 2**20
 """Texts, and characters, that are tokenised together."""
 
 
 def vocabulary_of(tokenizer: Any, needed: Collection[int] = ()) -> Vocabulary:
-    """Read the vocabulary of a tokenizer.
+    """Return what a tokenizer knows; ``needed`` stay whatever a text has, with what makes them.
 
-    Args:
-        needed: tokens that stay whatever the text has, each with those that it is made of.
-
-    Raises:
-        UserError: one of these is not in it, or it is not of the ``tokenizers`` library, or neither
-            byte-pair encoding nor Unigram.
+    Raises UserError if one of these is unknown, or it is no BPE or Unigram of ``tokenizers``.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = {} if backend is None else json.loads(backend.to_str())["model"]
@@ -88,7 +84,7 @@ class Vocabulary:
             made = {piece for piece in self._ids if len(piece) > 1 and not _BYTE.fullmatch(piece)}
         added = {one["id"] for one in self._data["added_tokens"]}
         self.size = 1 + max([*self._ids.values(), *added])
-        whole = bool(model.get("byte_fallback"))
+        whole = bool(model.get("byte_fallback")) and self._ids.keys() >= _BYTES
         atoms = (
             index
             for token, index in self._ids.items()
@@ -208,10 +204,7 @@ def _renumber_(processor: Any, new: dict[int, int]) -> None:
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Yield texts together, those that are long in pieces that end with a line if they can.
-
-    What a tokenizer says of a text takes some forty times its room.
-    """
+    """Yield texts together, long ones in pieces: a tokenizer's answer takes 40 times the room."""
     batch, size = list[str](), 0
     for text in texts:
         start = 0

@@ -35,10 +35,7 @@ def outer_lists(model: nn.Module) -> list[str]:
 
 
 def layer_groups(model: nn.Module, run: Run) -> tuple[list[Group], frozenset[tuple[str, str, str]]]:
-    """Find module lists whose children map the residual stream onto itself.
-
-    Returns the groups and ``Graph.own_numbers``.
-    """
+    """Return groups of layers that map the residual stream onto itself; ``Graph.own_numbers``."""
     own: set[tuple[str, str, str]] = set()
     trace, calls, by_place = run.trace, run.layers.axes, run.layers.by_place()
     groups: list[Group] = []

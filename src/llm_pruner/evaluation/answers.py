@@ -46,7 +46,6 @@ class Asked:
     """Prompts, and how long an answer may be.
 
     Attributes:
-        prompts: in plain text.
         new_tokens: at most so many are written.
         chat: put a prompt as a user's message, in the tokenizer's template if it has one.
         stops: texts after which nothing more is needed.

@@ -22,14 +22,10 @@ class Divergence:
     """What a model keeps of the dense model's predictions.
 
     Attributes:
-        against: name of the dense model.
         kl: mean over the predicted tokens of KL(dense || model) = sum_v p_v log(p_v / q_v), nats.
         kl_stderr: its standard error, from the spread between windows; None for a single window.
         changed: share of the tokens whose likeliest continuation is another one.
         changed_stderr: its standard error, likewise.
-        perplexity: the dense model's, on the same windows.
-        perplexity_stderr: its standard error, likewise.
-        dtype: that the dense model computes in.
     """
 
     against: str
@@ -74,16 +70,9 @@ def compare(dense: torch.Tensor, model: torch.Tensor, targets: torch.Tensor) -> 
 def divergence(
     against: str, sums: torch.Tensor, tokens: int, dtype: str | None = None
 ) -> Divergence:
-    """Return the divergence from what ``compare`` gave of each window.
+    """Return the divergence from what ``compare`` gave of each window of ``tokens``, (windows, 3).
 
-    Args:
-        against: name of the dense model.
-        sums: shape (windows, 3).
-        tokens: that are predicted in a window.
-        dtype: that the dense model computes in.
-
-    Raises:
-        UserError: a sum is not finite.
+    ``against`` and ``dtype`` are the dense model's. Raises UserError if a sum is not finite.
     """
     values = sums / tokens
     if not values.isfinite().all():

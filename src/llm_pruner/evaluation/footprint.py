@@ -41,12 +41,9 @@ PAPER_TOKENS = 64
 
 
 def model_size(model: Any, stored: torch.dtype | None = None) -> Size:
-    """Count the parameters of a causal language model.
+    """Count the parameters of a causal language model, the largest module list being its layers.
 
-    The decoder layers are the module list that holds the most parameters.
-
-    Args:
-        stored: the type of its files, which bytes are of; by default that in which it is here.
+    ``stored``: the type of its files, which bytes are of; by default that in which it is here.
     """
     parameters = dict(model.named_parameters())
     taken = tensor_bytes([*parameters.values()])
@@ -92,12 +89,9 @@ class Counts:
 
 
 def paper_macs(model: Any) -> int:
-    """Return the MACs of one forward pass over a text, logits at every position.
+    """Return the MACs of a forward pass over a text, logits everywhere, as LLM-Pruner counts.
 
-    LLM-Pruner counts so: 424.0G for LLaMA-7B and 64 tokens.
-
-    Raises:
-        LLMPrunerError: the model does not run.
+    That is 424.0G for LLaMA-7B and 64 tokens.
     """
     with _runnable(model), Counter() as counter:
         tokens = example_tokens(model, (1, PAPER_TOKENS))
@@ -200,10 +194,7 @@ class Counter(TorchDispatchMode):
 
 
 def attention_macs(query: torch.Size, key: torch.Size, value: torch.Size) -> int:
-    """Return the MACs of attention: query times keys, and weights times values, for all pairs.
-
-    Shapes are (..., heads, T, d); key-value heads that several query heads read count for each.
-    """
+    """Return the MACs of query times keys, and weights times values, for all pairs and heads."""
     pairs = math.prod(query[:-1]) * key[-2]
     return int(pairs * (query[-1] + value[-1]))
 
@@ -240,10 +231,7 @@ _OWN: dict[str, Callable[[tuple[Any, ...], dict[str, Any]], tuple[int, list[torc
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Bytes of the weights and, on top, of all tensors that are alive at once.
-
-    They are those of the prefill, and of decoding tokens one by one.
-    """
+    """Bytes of weights and, on top, of the most tensors alive in the prefill and in decoding."""
 
     prefill: int
     decode: int

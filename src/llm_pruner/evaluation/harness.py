@@ -37,8 +37,6 @@ class PreparedTask:
 
     Attributes:
         tasks: what the harness's task manager returns: ``tasks`` by name, ``group_map`` and so on.
-        documents: hash of those of each task.
-        identity: hash of definition and documents.
     """
 
     name: str
@@ -48,10 +46,7 @@ class PreparedTask:
 
 
 class LoadedLM(HFLM):
-    """A loaded model for the harness; scores answers with ``likelihood.log_likelihoods``.
-
-    ``batch_size`` is of sequences in a forward pass; None for as many as keep a batch small.
-    """
+    """A loaded model for the harness; ``batch_size`` None keeps batches of sequences small."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int | None) -> None:
         # The harness may give the tokenizer a padding token.
@@ -147,9 +142,7 @@ def prepare(
 ) -> PreparedTask:
     """Return a task, group or tag of the harness, on these records or on its own dataset.
 
-    Raises:
-        UserError: the harness has no such task, or cannot fetch its data.
-        LLMPrunerError: the installed harness does not define the task where it used to.
+    Raises UserError if it has none, LLMPrunerError if it does not define it where it used to.
     """
     with quiet():
         if records is None:
@@ -215,10 +208,7 @@ def _stable(value: Any) -> str:
 
 
 def run(lm: LoadedLM, task: PreparedTask, limit: int | None) -> list[zero_shot.TaskResult]:
-    """Return the results of a task; several if its name stands for a group of tasks.
-
-    They are computed as the harness's own command line computes them. A task cannot be run twice.
-    """
+    """Return the results of a task, or of its group, as the harness's command line does; once."""
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
     torch.manual_seed(DEFAULT_OTHER_SEED)

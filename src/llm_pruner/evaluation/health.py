@@ -20,8 +20,6 @@ class Health:
     """Answers to plain prompts, each the likeliest text.
 
     Attributes:
-        prompts: name of the file, or ``built in``.
-        new_tokens: that an answer may have.
         looping: share of the answers that end in a piece said over and over, see ``loops``.
         endless: share of the answers without an end token in ``new_tokens``.
         digest: of the prompts and the type that the model computes in.

@@ -229,10 +229,7 @@ class _Scorer:
         return _in_halves(self._whole, rows)
 
     def _can_continue(self, family: list[_Row]) -> bool:
-        """Whether the model gives the same scores from a cache.
-
-        Some models read a cache one token at a time only, and say nothing when given more.
-        """
+        """Whether the model gives the same from a cache, which some read a token at a time only."""
         if self.cache is None:
             return False
         wanted = self.whole(family)

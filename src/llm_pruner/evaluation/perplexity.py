@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from llm_pruner.data.sequences import added_tokens
 from llm_pruner.data.text import EvaluationText, Protocol
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.divergence import Divergence, compare, divergence
+from llm_pruner.files.disk import short_digest
 from llm_pruner.models.forward import (
     caching,
     dtype_name,
@@ -126,11 +126,7 @@ def perplexity(
     found = perplexity_of_windows(model, rows, text, asked, dense, skipped=skipped)
     data = text.text.encode()
     bits = found.nll / math.log(2) * tokens / len(data)
-    return replace(found, bits_per_byte=bits, text_digest=_digest(data))
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
+    return replace(found, bits_per_byte=bits, text_digest=short_digest(data))
 
 
 def check_windows(
@@ -140,11 +136,7 @@ def check_windows(
     asked: PerplexitySettings,
     option: str | None = "--seq-len",
 ) -> None:
-    """Raise UserError if a text is too short to measure on, or a window too long; see above.
-
-    Args:
-        option: what asks for other windows; None if nothing does.
-    """
+    """Raise UserError if a text is too short, or a window too long; ``option`` asks for others."""
     _windows(model, tokenizer, text, asked, option)
 
 
@@ -198,7 +190,7 @@ def perplexity_of_windows(
         else divergence(dense.name, compared, predicted, dtype_name(dense.model)),
         dtype=dtype_name(model),
         max_tokens=asked.max_tokens,
-        ids_digest=_digest(rows.numpy().tobytes()),
+        ids_digest=short_digest(rows.numpy().tobytes()),
     )
 
 
@@ -348,11 +340,9 @@ def _sums(
     dense: LoadedModel | None,
     network: Any,
 ) -> torch.Tensor:
-    """Return what ``_losses`` yields of a batch.
+    """Return what ``_losses`` yields of a batch, beside the dense model's logits.
 
-    Args:
-        other: the dense model's logits.
-        first: number of the first window, of how many ``name`` says, and of what.
+    ``first``: number of the first window, of how many ``name`` says, and of what.
     """
     logits = _logits(batch, network)
     if dense is not None and other is not None and logits.shape != other.shape:

@@ -112,15 +112,14 @@ def calibration_sources(folder: Path) -> list[str]:
         return settings["calibration"] if settings else plan["calibration"]["source"]
 
     found: list[str] = []
-    for read in (of_plan, lambda: _in_report(folder, CALIBRATION)["calibration"]):
+
+    def of_report() -> Any:
+        return read_json(folder / "report.json")["settings"][CALIBRATION]["calibration"]
+
+    for read in (of_plan, of_report):
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             found += str(read()).split(",")
     return list(dict.fromkeys(found))
-
-
-def _in_report(folder: Path, heading: str) -> dict[str, Any]:
-    found: dict[str, Any] = read_json(folder / "report.json")["settings"][heading]
-    return found
 
 
 def training_sources(folder: Path) -> list[str]:
@@ -137,11 +136,6 @@ def shared_corpora(model: str, sources: Collection[str], revision: str | None = 
 
     Sources are of one corpus if they have the same file name, or both names are of one family
     (WikiText, Penn Treebank, C4, BookCorpus), whatever the split.
-
-    Args:
-        model: hub id, folder or file.
-        sources: names of texts.
-        revision: branch, tag or commit, if it is a hub id.
     """
     if not sources:
         return []

@@ -58,15 +58,10 @@ def write(
     ends: Set[int],
     choose: Callable[[torch.Tensor], int] = lambda logits: int(logits.argmax()),
 ) -> Iterator[int]:
-    """Yield what a model writes after the tokens given, up to a token that ends a text.
+    """Yield at most so many tokens that a model writes, up to one that ends a text.
 
-    Args:
-        decoder: what it has read stands before.
-        most: tokens.
-        choose: gets float32 logits, shape (V,), and returns a token; by default the likeliest.
-
-    Raises:
-        UserError: nothing is given, or the logits are not finite.
+    What ``decoder`` has read stands before. ``choose`` gets float32 logits (V,) and returns a
+    token, by default the likeliest. Raises UserError if nothing is given, or logits are not finite.
     """
     if not given:
         raise UserError("the prompt is empty and the tokenizer adds no start token; give a prompt")
@@ -90,10 +85,7 @@ def decoded(tokenizer: Any, given: list[int], written: list[int], *, chat: bool)
 
 
 def continuation(tokenizer: Any, given: Sequence[int], written: Sequence[int]) -> str:
-    """Return as text what was written after the tokens given, the space between them included.
-
-    Many tokenizers take the first space of what they decode away, be it of a text or of a part.
-    """
+    """Return as text what was written after the tokens given, with a space that decoding drops."""
     return _decode(tokenizer, [*given, *written])[len(_decode(tokenizer, given)) :]
 
 
@@ -109,10 +101,7 @@ def has_template(tokenizer: Any) -> bool:
 
 
 def encoded(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
-    """Return the tokens of a prompt; of a chat, as a user's message if there is a template.
-
-    It stays open: what a tokenizer puts behind a text, such as an end token, is left out.
-    """
+    """Return the tokens of a prompt, or a user's message where there is a template; no end."""
     if chat and has_template(tokenizer):
         return encoded_chat(tokenizer, [prompt])
     ids = list(tokenizer(prompt, verbose=False)["input_ids"])
@@ -122,11 +111,7 @@ def encoded(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
 def encoded_chat(tokenizer: Any, said: Sequence[str]) -> list[int]:
     """Return the tokens of a chat up to the beginning of the next answer.
 
-    Args:
-        said: by the user and the model in turns; the user is first and last.
-
-    Raises:
-        UserError: the tokenizer's template fails.
+    The user, first and last, and the model have ``said`` in turns. UserError if the template fails.
     """
     messages = [
         {"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), said)

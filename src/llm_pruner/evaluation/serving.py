@@ -55,12 +55,9 @@ class Wanted:
     """What a server is started for.
 
     Attributes:
-        port: on which it is to listen.
         tokens: of a text, prompt and answer.
         texts: at once, at most.
-        dtype: of the weights in memory, or ``auto``.
         cache_bytes_per_token: of the largest of the models.
-        servers: that share the machine.
         trust_remote_code: whether code of a folder may run.
         more: options of its own that the user gave.
     """
@@ -77,15 +74,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Server:
-    """A server that has started.
-
-    Attributes:
-        name: for what is said.
-        port: on this machine.
-        process: that started it.
-        log: what it prints.
-        seconds: in which it started.
-    """
+    """A server that has started."""
 
     name: str
     port: int
@@ -94,22 +83,14 @@ class Server:
     seconds: float = 0.0
 
     def peak_bytes(self) -> int:
-        """Return the most memory that its processes held, added up.
-
-        Where the system does not tell the most, what they hold now. What a GPU holds is not in it.
-        """
+        """Return the most memory that its processes held, or hold now, added up; no GPU's."""
         with suppress(psutil.Error):
             own = psutil.Process(self.process.pid).children(recursive=True)
             return sum(map(_peak_of, own))
         return 0
 
     def ask(self, prompt: Sequence[int], new_tokens: int) -> Answer:
-        """Return when the tokens of an answer came.
-
-        Raises:
-            LLMPrunerError: the server refused the request, ended, or wrote another number of
-                tokens.
-        """
+        """Return when the tokens of an answer came; LLMPrunerError if they are not as asked."""
         asked = {
             "model": NAME,
             "prompt": list(prompt),
@@ -162,11 +143,7 @@ class Answer:
 def answer_of(
     name: str, sent: float, lines: Sequence[tuple[float, bytes]], new_tokens: int
 ) -> Answer:
-    """Return an answer from server-sent events, each a line with the time at which it came.
-
-    Raises:
-        LLMPrunerError: it is an error, is no such stream, or has another number of tokens.
-    """
+    """Return an answer from server-sent events, lines with their times, or LLMPrunerError."""
     pieces: list[float] = []
     tokens = 0
     try:
@@ -193,16 +170,10 @@ def answer_of(
 
 @contextmanager
 def serving(name: str, command: Sequence[str | Path], port: int, log: Path) -> Iterator[Server]:
-    """Start a server, and yield it once it answers; it ends with the block or with this process.
+    """Start a server that listens on `HOST`, and yield it once its ``/health`` answers.
 
-    Args:
-        name: for what is said.
-        command: starts it; it is to listen on `HOST`.
-        port: on which it is to listen; has ``/health``.
-        log: file for what it prints.
-
-    Raises:
-        LLMPrunerError: it ended, with its last lines, or does not answer.
+    It ends with the block or with this process. Raises LLMPrunerError if it ended, with its last
+    lines from ``log``, or does not answer.
     """
     begin = time.perf_counter()
     with log.open("wb") as out:
@@ -250,13 +221,9 @@ def _answers(port: int) -> bool:
 
 
 def program_of(name: str, python: Path | None) -> str | None:
-    """Return the path of a program; None if it is not there.
+    """Return the path of a program on the PATH or beside ``python``, by default ours, or None.
 
-    Args:
-        python: it lies beside this one; None for one on the PATH, or beside the Python that runs.
-
-    Raises:
-        UserError: there is no such Python.
+    Raises UserError if there is no such Python.
     """
     if python is not None and shutil.which(expanded(python)) is None:
         raise UserError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Any
 from llm_pruner.evaluation.answers import Answer, Asked
 from llm_pruner.evaluation.programs import run_program
 from llm_pruner.evaluation.zero_shot import TaskResult
+from llm_pruner.files.disk import short_digest
 from llm_pruner.runtime.progress import track
 
 GSM8K_TASK, GSM8K_METRIC = "gsm8k_cot", "exact_match,flexible-extract"
@@ -41,7 +41,7 @@ def share(held: Sequence[bool]) -> Share:
 
 def digest_of(*parts: Any) -> str:
     """Return the digest of what decides an answer but the model."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return short_digest(json.dumps(parts))
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,7 @@ class Skill:
 
 
 def human_eval_prompts(problems: Sequence[Mapping[str, str]]) -> Asked:
-    """Return the problems as plain text to be continued, also of a model that was made to chat.
-
-    Blank lines around them are taken away, as EvalPlus does.
-    """
+    """Return the problems as plain text to be continued, without blank lines, as EvalPlus does."""
     prompts = tuple(map(_stripped, problems))
     return Asked(prompts, _PROGRAM_TOKENS, "Writing programs", stops=_STOPS)
 
@@ -82,13 +79,8 @@ def human_eval(
 ) -> Skill:
     """Run each program with the tests of its problem, and return the share that pass.
 
-    A program is the prompt, the answer up to the first of ``_STOPS``, and the tests.
-
-    Args:
-        problems: with ``prompt``, ``test`` and ``entry_point``.
-        answers: one for each.
-        total: problems of which these are the first.
-        dtype: that the model computes in.
+    A program is the prompt, the answer up to the first of ``_STOPS``, and the tests. ``total``
+    counts problems of which these are the first; ``dtype`` is that the model computes in.
     """
     programs = [
         "\n".join(

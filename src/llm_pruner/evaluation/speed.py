@@ -47,11 +47,8 @@ class Speed:
         decode_tokens_per_second: tokens that follow, one forward pass each, over their time.
         first_token_seconds: from the prompt to the first token; of texts that a server writes at
             once, the median.
-        prefill_seconds: of each round.
-        decode_seconds: of each round, for all new tokens.
         dtype, device: that the model computes in and on, a GPU or processor by its name; None of
             one that a server runs.
-        threads: of a processor; None of another device.
     """
 
     prefill_tokens_per_second: float
@@ -70,10 +67,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """How many times faster one model is than another: median, smallest and largest of the rounds.
-
-    In each round both run directly after each other.
-    """
+    """How many times faster one model is than another: median, least and most of paired rounds."""
 
     median: float
     low: float
@@ -142,10 +136,7 @@ def device_name(device: torch.device) -> str:
 
 
 def in_turns(runs: Sequence[Callable[[int], T]], repeats: int, words: str) -> list[list[T]]:
-    """Return what each function gives in each round that counts, of the number of the round.
-
-    Round 0 warms up and does not count. The order turns round from one to the next.
-    """
+    """Return what each function gives in each round from 1; 0 warms up, and the order turns."""
     found: list[list[T]] = [[] for _ in runs]
     turns = list(zip(runs, found, strict=True))
     for run in runs:
@@ -211,14 +202,7 @@ None where PyTorch is too old to leave such checks out; steps are a little slowe
 
 
 def compiled(capacity: int, backend: str = "inductor") -> Callable[[Any], Decoder]:
-    """Return what starts a text with a model, with a cache of fixed size.
-
-    A model is compiled when it first runs.
-
-    Args:
-        capacity: the most tokens of a text.
-        backend: of ``torch.compile``.
-    """
+    """Return what starts a text with a model that is compiled, with a cache for ``capacity``."""
 
     @cache
     def compiled_forward(model: Any) -> Any:

@@ -77,11 +77,7 @@ def definition_file(task: str) -> Path | None:
 
 
 def local_definition(task: str, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the harness's definition of a task, for these records in place of its dataset.
-
-    Raises:
-        LLMPrunerError: the installed harness does not define the task where it used to.
-    """
+    """Return the harness's definition of a task for these records; LLMPrunerError if it moved."""
     from datasets import Dataset
 
     definition, split = _without_data(task, resolve=True)
@@ -93,11 +89,7 @@ def local_definition(task: str, records: Sequence[Mapping[str, Any]]) -> dict[st
 
 
 def definition_text(task: str, records_file: str) -> str:
-    """Return the same definition as YAML; it reads ``records_file`` beside it with ``READER``.
-
-    Raises:
-        LLMPrunerError: the installed harness does not define the task where it used to.
-    """
+    """Return the same as YAML, which reads ``records_file`` beside it with ``READER``."""
     definition, split = _without_data(task, resolve=False)
     definition["custom_dataset"] = _Function(f"{READER}.load")
     definition["dataset_kwargs"] = {"local_file": records_file, "local_split": split}
@@ -169,15 +161,10 @@ class TaskResult:
     """Results of a task, or of a group of tasks under the group's name.
 
     Attributes:
-        task: name in lm-evaluation-harness.
         metrics: by name; one that belongs to a filter is named ``metric,filter``.
         paper_metric: the one that LLM-Pruner reports, or None.
-        documents: number of documents evaluated.
         documents_total: number that the task has.
-        num_fewshot: examples in the prompt.
-        version: version of the harness's definition.
         truncated: answers that were too long for the model with their text, which lost its start.
-        digest: of the documents.
     """
 
     task: str
@@ -198,7 +185,6 @@ class Mean:
     Attributes:
         value: (1/n) sum of the tasks' values.
         stderr: (1/n) sqrt(sum of squared standard errors); tasks are independent.
-        metrics: task -> metric.
     """
 
     value: float

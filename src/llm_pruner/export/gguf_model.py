@@ -51,9 +51,7 @@ class Tensor:
     """A tensor of the file.
 
     Attributes:
-        name: as llama.cpp calls it.
         shape: as PyTorch counts it, (outputs, inputs).
-        read: returns its values.
     """
 
     name: str
@@ -83,15 +81,7 @@ class GgufModel:
 
 
 def gguf_model(model: Any, name: str) -> GgufModel:
-    """Return a model in the terms of llama.cpp; its weights are read later, one after the other.
-
-    Args:
-        model: a causal language model of transformers.
-        name: of it, for what is said and written.
-
-    Raises:
-        UserError: llama.cpp has no architecture that computes what it does.
-    """
+    """Return a model in llama.cpp's terms, weights to be read later; UserError if it has none."""
     config = model.config.get_text_config()
     if config.model_type not in FAMILIES:
         raise UserError(
@@ -319,13 +309,9 @@ def _change(
 
 
 def neighbours(value: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Return rows of queries or keys with rotary pairs side by side.
+    """Return rows of queries or keys, (heads * head_dim, ...), with rotary pairs side by side.
 
     In transformers, row i of a head makes a pair with row ``i + head_dim / 2``.
-
-    Args:
-        value: shape (heads * head_dim, ...).
-        head_dim: rows of a head.
     """
     halves = value.reshape(-1, 2, head_dim // 2, *value.shape[1:])
     return halves.transpose(1, 2).reshape(value.shape)

@@ -61,14 +61,9 @@ class _Special(gguf.SpecialVocab):
 
 
 def read_tokenizer(folder: Path, rows: int) -> dict[str, gguf.GGUFValue]:
-    """Return all keys of a GGUF file that tell of the tokenizer in a folder.
+    """Return all keys of a GGUF file that tell of the tokenizer in a folder, a token for each row.
 
-    Args:
-        folder: with ``tokenizer.json``, and the special tokens and chat template beside it.
-        rows: of the embedding; there is a token for each.
-
-    Raises:
-        UserError: it has no ``tokenizer.json``, or one that llama.cpp cannot follow.
+    Raises UserError: it has no ``tokenizer.json``, or one that llama.cpp cannot follow.
     """
     try:
         data = read_json(folder / "tokenizer.json")
@@ -85,8 +80,7 @@ def read_tokenizer(folder: Path, rows: int) -> dict[str, gguf.GGUFValue]:
             f"not exported to GGUF; {_OF_ANOTHER}"
         )
     bytewise = not data["model"].get("byte_fallback")
-    steps = {step["type"] for step in _all_steps(data)}
-    if not bytewise and not steps <= {"Prepend", "Replace", "Metaspace"}:
+    if not bytewise and not all(map(_marks_spaces, _all_steps(data))):
         raise _unknown(folder)
     writer = gguf.GGUFWriter(None, "")
     writer.add_tokenizer_model("gpt2" if bytewise else "llama")
@@ -104,11 +98,7 @@ def read_tokenizer(folder: Path, rows: int) -> dict[str, gguf.GGUFValue]:
 
 
 def copy_tokenizer(file: Path, rows: int) -> dict[str, gguf.GGUFValue]:
-    """Return the same keys of a GGUF file.
-
-    Raises:
-        UserError: it is no GGUF file, or its tokenizer has another number of tokens.
-    """
+    """Return the same keys of a GGUF file; UserError if it has another number of tokens."""
     try:
         fields = gguf.GGUFReader(file).fields
     except (OSError, ValueError, IndexError) as error:
@@ -169,6 +159,17 @@ def _adds_space(data: dict[str, Any]) -> bool:
         step["type"] == "Prepend" or step.get("prepend_scheme") in ("always", "first")
         for step in _all_steps(data)
     )
+
+
+def _marks_spaces(step: dict[str, Any]) -> bool:
+    """Whether a step puts the mark of SentencePiece for a space, and does nothing else."""
+    replaced = step.get("content") if step.get("pattern") == {"String": " "} else None
+    marks = {
+        "Prepend": step.get("prepend"),
+        "Replace": replaced,
+        "Metaspace": step.get("replacement"),
+    }
+    return marks.get(step["type"]) == "▁"
 
 
 def _all_steps(data: dict[str, Any]) -> list[dict[str, Any]]:

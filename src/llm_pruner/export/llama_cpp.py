@@ -38,16 +38,9 @@ def require_quantizer(kind: str) -> None:
 
 
 def quantize(source: Path, target: Path, kind: str, tensors: int) -> None:
-    """Write a GGUF file in another type.
+    """Write a GGUF file of f32, f16 or bf16 in another type, such as ``q4_k_m``.
 
-    Args:
-        source: the file in f32, f16 or bf16.
-        target: the file to write.
-        kind: such as ``q4_k_m``.
-        tensors: how many there are, for the bar.
-
-    Raises:
-        LLMPrunerError: llama.cpp failed; with the last line that it said.
+    ``tensors``: how many there are, for the bar. Raises LLMPrunerError with llama.cpp's last line.
     """
     program = shutil.which(_PROGRAM)
     command = [program] if program else new_python(_BY_LIBRARY)

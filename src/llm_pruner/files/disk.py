@@ -9,13 +9,14 @@ written is read within bounds.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,11 +31,8 @@ interrupted."""
 def new_folder(place: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``place`` that takes its place when the block ends well.
 
-    What is there goes only then. If the block raises, nothing has changed, but for the parents
-    of ``place`` that other processes use by now.
-
-    Raises:
-        OSError: also where a library written in Rust raises an error of its own for one.
+    What is there goes only then. If the block raises, nothing has changed, but for the parents of
+    ``place`` that other processes use by now. What a library in Rust raises becomes OSError.
     """
     made = make_parents(place.parent)
     try:
@@ -92,10 +90,7 @@ def _move(folder: Path, place: Path) -> None:
 
 
 def can_move(folder: Path) -> bool:
-    """Whether a folder can step aside: one that an overlay shows of a lower layer cannot.
-
-    Nothing moves: what it is tried on is a full folder, which is not replaced.
-    """
+    """Whether a full folder can step aside: one that an overlay shows of a lower layer cannot."""
     with _beside(folder, "old", folder=True) as aside:
         (aside / folder.name / "full").mkdir(parents=True)
         try:
@@ -119,65 +114,60 @@ def tidy(place: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(place.name)}\.(partial|old)-[a-z0-9_]{{8}}")
     with suppress(OSError):  # no such folder, or none that may be changed
         for left in [path for path in place.parent.iterdir() if pattern.fullmatch(path.name)]:
-            handle = _lock(left, wait=False)
-            if handle is not None:
-                try:
+            with locked(left) as held:
+                if held:
                     _clear(left, place)
-                finally:
-                    os.close(handle)
 
 
 @contextmanager
 def _beside(place: Path, what: Literal["partial", "old"], *, folder: bool) -> Iterator[Path]:
     """Yield a locked folder or file beside ``place``; whatever it holds goes at the end."""
-    prefix, handle = f".{place.name}.{what}-", None
-    while True:
-        if folder:
-            path = Path(tempfile.mkdtemp(prefix=prefix, dir=place.parent))
-        else:
-            opened, name = tempfile.mkstemp(prefix=prefix, dir=place.parent)
-            os.close(opened)
-            path = Path(name)
-        handle = _lock(path, wait=True)
-        if handle is not None or path.exists():
-            break
-        # Another process took it for one of a dead process before it was locked.
-    try:
+    prefix = f".{place.name}.{what}-"
+    with ExitStack() as stack:
+        while True:
+            if folder:
+                path = Path(tempfile.mkdtemp(prefix=prefix, dir=place.parent))
+            else:
+                opened, name = tempfile.mkstemp(prefix=prefix, dir=place.parent)
+                os.close(opened)
+                path = Path(name)
+            if stack.enter_context(locked(path, wait=True)) or path.exists():
+                break
+            # Another process took it for one of a dead process before it was locked.
+        stack.callback(_clear, path, place)
         yield path
-    finally:
-        _clear(path, place)
-        if handle is not None:
-            os.close(handle)
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Have other processes that ask for the same folder wait; not where nothing can be locked."""
-    handle = _lock(folder.resolve(), wait=True)
+def locked(path: Path, *, wait: bool = False, shared: bool = False) -> Iterator[bool | None]:
+    """Hold a file or folder, and yield whether it is held; a process that dies lets go of it.
+
+    Yields:
+        False if another process has it, or has removed it; None where nothing can be locked, as on
+        Windows, or cannot be told to be left by a dead process.
+    """
     try:
-        yield
+        import fcntl
+    except ImportError:
+        yield None
+        return
+    handle = held = None
+    try:
+        # NFS locks for one alone only what may be written.
+        access = os.O_RDONLY if shared or path.is_dir() else os.O_RDWR
+        handle = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK)
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(handle, kind | (0 if wait else fcntl.LOCK_NB))
+        held = os.path.samestat(os.fstat(handle), os.stat(path))
+    except (BlockingIOError, FileNotFoundError):
+        held = False
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield held
     finally:
         if handle is not None:
             os.close(handle)
-
-
-def _lock(path: Path, *, wait: bool) -> int | None:
-    """Return a handle that holds ``path`` while it is open; None if it cannot be had."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows, where nothing can be told to be left by a dead process
-        return None
-    handle = None
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        if os.path.samestat(os.fstat(handle), os.stat(path)):
-            return handle
-    except OSError:  # held, gone, or a file system without locks
-        pass
-    if handle is not None:
-        os.close(handle)
-    return None
 
 
 def _clear(left: Path, place: Path) -> None:
@@ -239,10 +229,8 @@ def flush(path: Path) -> None:
 def allocate(file: Path, size: int) -> None:
     """Make a file of ``size`` bytes, zeros where it had none, whose room on the disk is its own.
 
-    A hole that is filled through a memory map would end the process when the disk is full.
-
-    Raises:
-        OSError: there is no room; a file that was not there is not there.
+    A hole that is filled through a memory map would end the process when the disk is full. Raises
+    OSError if there is no room; a file that was not there is not there.
     """
     new = not file.exists()
     try:
@@ -281,6 +269,12 @@ def _system_errors() -> Iterator[None]:
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
+def short_digest(*parts: str | bytes) -> str:
+    """Return 16 hex digits of the SHA-256 of what is given, one after the other."""
+    data = [part.encode() if isinstance(part, str) else part for part in parts]
+    return hashlib.sha256(b"".join(data)).hexdigest()[:16]
+
+
 def expanded(path: str | Path) -> Path:
     """Return a path with the home folder for ``~``; ``~name`` of nobody here is a name."""
     return Path(os.path.expanduser(path))
@@ -298,12 +292,7 @@ MOST_BYTES = 64 * 2**20
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a file of at most ``MOST_BYTES``.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is larger, or not UTF-8.
-    """
+    """Return the text of a file; OSError, or ValueError beyond ``MOST_BYTES`` or if not UTF-8."""
     # The size that the system states says nothing of a device or a pipe.
     with file.open("rb") as stream:
         data = stream.read(MOST_BYTES + 1)
@@ -313,11 +302,7 @@ def read_text(file: Path) -> str:
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:
-    """Return what a JSON text says; ``options`` are those of ``json.loads``.
-
-    Raises:
-        ValueError: it is no JSON, or nested too deeply to be read.
-    """
+    """Return what a JSON text says; ValueError if it is none or nested too deeply to be read."""
     try:
         return json.loads(text, **options)
     except RecursionError:
@@ -325,11 +310,7 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
 
 
 def read_json(file: Path) -> Any:
-    """Return what a JSON file says.
-
-    Raises:
-        OSError, ValueError: as ``read_text`` and ``parse_json``.
-    """
+    """Return what a JSON file says; raise as ``read_text`` and ``parse_json``."""
     return parse_json(read_text(file))
 
 

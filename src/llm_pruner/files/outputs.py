@@ -85,8 +85,6 @@ def check_output(out: Path, overwrite: bool, reads: Iterable[Source] = ()) -> No
     processes left when they were killed is cleared away.
 
     Args:
-        out: the folder; a link to one stands for it.
-        overwrite: replace what it holds.
         reads: all that the command reads; names that are no files here do not matter.
     """
     check_place(out, "--out")
@@ -174,8 +172,6 @@ def check_new_file(out: Path, magic: bytes, overwrite: bool, reads: Iterable[Sou
     Args:
         out: the file; a link stands for what it leads to.
         magic: how such files begin; no other is replaced.
-        overwrite: replace one.
-        reads: all that the command reads.
     """
     if os.path.isdir(out):
         raise UserError(f"{out} is a folder; --out names the file to write")
@@ -443,10 +439,8 @@ def atomic_directory(out: Path, overwrite: bool) -> Iterator[Path]:
     """Yield an empty folder beside ``out`` that takes its place when the block ends well.
 
     If the block raises, the new folder is removed, with those of its parents that had to be made,
-    and ``out`` is as it was. With ``overwrite`` the old folder is replaced only at the end.
-
-    Raises:
-        UserError: as ``check_output``.
+    and ``out`` is as it was. With ``overwrite`` the old folder is replaced only at the end. Raises
+    UserError as ``check_output``.
     """
     check_output(Path(out), overwrite)
     with new_folder(Path(out).resolve()) as folder:

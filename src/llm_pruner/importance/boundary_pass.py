@@ -90,12 +90,7 @@ _like: tuple[int, int, bool] | None = None
 
 @contextmanager
 def as_in(blocks: int, vocabulary: int, *, streamed: bool = False) -> Iterator[None]:
-    """Inside, samples go together and positions have a loss as in a model of so many blocks and
-    logits for each token.
-
-    Args:
-        streamed: have blocks run again, as where weights do not stay in memory.
-    """
+    """Inside, positions have a loss as in a model of so many blocks and logits for each token."""
     global _like
     before, _like = _like, (blocks, vocabulary, streamed)
     try:
@@ -171,14 +166,7 @@ class Collector:
         """See a block's input and output, and the gradient at its output."""
 
     def add_up(self, block: int | None, names: Iterable[str], batch: slice, owner: int) -> None:
-        """Add what a batch of samples gave to the sums over those before it, in the first process.
-
-        Whether one process or another has run them, they are added in the same order.
-
-        Args:
-            block, names: as for ``finished``, of which this batch has just been taken.
-            owner: process that ran it.
-        """
+        """Add what a batch of ``owner`` gave to the sums, in order, in the first process alone."""
 
     def finished(self, block: int | None, names: Iterable[str]) -> None:
         """No more gradients come from a block (None: from outside of them), nor for ``names``."""
@@ -192,11 +180,7 @@ class Collector:
         hidden: torch.Tensor | None = None,
         seen: Sequence[tuple[str, torch.Tensor]] | None = None,
     ) -> tuple[torch.Tensor | None, float]:
-        """Pull a gradient back to all that is wanted; return that of ``hidden`` and its factor.
-
-        Args:
-            seen: what `seen` returned for it; by default asked for.
-        """
+        """Pull a gradient back to all that is wanted; return that of ``hidden`` and its factor."""
         seen, names = self.seen() if seen is None else seen, list(names)
         inputs = [tensor for _, tensor in seen] + [self.parameters[name] for name in names]
         if hidden is not None:
@@ -214,17 +198,10 @@ class Collector:
 def run_backward(
     model: nn.Module, chain: Chain | None, input_ids: torch.Tensor, collector: Collector
 ) -> None:
-    """Run all samples and have ``collector`` take their gradients.
+    """Run all samples, (samples, seq_len), and have ``collector`` take their gradients.
 
-    Args:
-        model: with no parameter that requires a gradient.
-        chain: the blocks of this model, found with the collector's parameters; None to run it as a
-            whole.
-        input_ids: shape (samples, seq_len), on the model's device.
-        collector: what is wanted.
-
-    Raises:
-        UserError: see ``score``.
+    ``model`` has no parameter that requires a gradient; ``chain`` was found with the collector's,
+    None runs it as a whole. Raises UserError, see ``score``.
     """
     if chain is not None:
         _BlockPass(chain, input_ids, collector).run()
@@ -248,12 +225,7 @@ def run_backward(
 
 
 class Batches:
-    """Samples, ``TOKENS`` at a time, and which process runs them.
-
-    Attributes:
-        all: (samples, number of the process), in order.
-        own: those of this process.
-    """
+    """Samples, ``TOKENS`` at a time: ``all``, each with its process, and this one's ``own``."""
 
     def __init__(self, samples: int, length: int, processes: Processes) -> None:
         found = batches(samples, max(1, TOKENS // length))
@@ -374,10 +346,7 @@ class _BlockPass:
                 collector.keep.keep(self.ids, states)
 
     def _holds(self) -> bool:
-        """Whether the activations of ``held`` samples are held, and no block is run again.
-
-        Not where samples are shared out: one process may have less room than another.
-        """
+        """Whether one process holds ``held`` samples' activations, so that no block runs again."""
         if not self.held or self.batches.shared or is_model_streamed(self.chain.model):
             return False
         if _like is not None and _like[2]:
@@ -537,10 +506,7 @@ class _BlockPass:
                         self._passed(index)
 
     def _head(self, part: slice) -> None:
-        """Store the gradient at the last boundary.
-
-        Inputs that the collector has seen above the last block get their gradient as well.
-        """
+        """Store the gradient at the last boundary, and of inputs seen above the last block."""
         seen: list[torch.Tensor] = []
         positions, handler = self._positions(part), self._skipping(part, seen, with_gradient=True)
         logits = self.chain.run(self.ids[part], handler, positions)
@@ -630,10 +596,7 @@ def pull_back(
 
     In float16 the cotangents, (tensor, factor) for each output, are first multiplied by a power of
     two that makes the largest entry large, because gradients of a language model lie around the
-    smallest float16 number; if that overflows on the way, by smaller ones.
-
-    Raises:
-        UserError: the gradient overflows float16 with every multiplier; names the ``samples``.
+    smallest float16 number; if that overflows, by smaller ones. UserError if each overflows.
     """
     half = any(tensor.dtype == torch.float16 for tensor in (*outputs, *inputs))
     scale = 1.0

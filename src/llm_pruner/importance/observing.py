@@ -143,11 +143,7 @@ class _Moments:
 
 
 class _Watch(Collector):
-    """What is looked at, and the sums so far.
-
-    Attributes:
-        found: group name -> importance of its units, once the group has seen all tokens.
-    """
+    """What is looked at, the sums so far, and ``found`` scores of groups that saw all tokens."""
 
     def __init__(
         self,
@@ -475,11 +471,7 @@ class _Watch(Collector):
         )
 
     def _groups_inside(self, count: int, blocks: Mapping[str, int | None]) -> list[list[Group]]:
-        """Return, for each of the blocks, the groups that only modules of this block read.
-
-        Args:
-            blocks: path of a watched module -> the block that it is in; None for outside of them.
-        """
+        """Return, for each block, the groups that only modules of this block read."""
         whole: dict[str, int | None] = {}
         for name, consumers in self._consumers.items():
             at = {blocks[one.module] for one in consumers}
@@ -520,10 +512,7 @@ def last_members(group: Group) -> list[Member]:
 
 
 def _last_of_each_layer(group: Group, weights: Mapping[str, nn.Parameter]) -> list[Member]:
-    """Return what multiplies last in each layer, since a unit of all layers is a gate in each.
-
-    A norm behind a matrix multiplies by more than its weight in some models, so it is no gate.
-    """
+    """Return what multiplies last in each layer, and is no norm: a unit has a gate in each."""
     layers: dict[str, list[Member]] = {}
     for member in group.members:
         place = _IN_LAYER.match(member.tensor)

@@ -147,11 +147,7 @@ def _layer_parameters(model: nn.Module, module: str) -> list[str]:
 
 
 def _scored_parameters(model: nn.Module, groups: Iterable[Group]) -> dict[str, nn.Parameter]:
-    """Return the parameters that carry the importance of ``groups``, by name.
-
-    Raises:
-        UserError: a member names a tensor that the model does not have.
-    """
+    """Return the parameters that carry importance, by name; UserError if one is not there."""
     known = dict(model.named_parameters(remove_duplicate=False))
     members: dict[str, None] = {}
     whole: set[str] = set()

@@ -73,11 +73,7 @@ class _Note:
 
 
 class _Linears:
-    """Linear modules that hold wanted parameters; what they were given, and what they returned.
-
-    Attributes:
-        held: name of a wanted parameter -> path of the module that holds it as weight or bias.
-    """
+    """Linear modules that hold wanted parameters (``held``: their paths), and what they saw."""
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         self._modules: dict[str, nn.Module] = {}
@@ -126,12 +122,9 @@ class _Linears:
         return output if fresh else None
 
     def hold(self, owned: Mapping[str, nn.Parameter], run: Callable[[], torch.Tensor]) -> bool:
-        """Whether each of a block's wanted parameters is used by such modules alone, which get the
-        tokens of a sample in a row of their own; then these are noted from now on.
-
-        Args:
-            owned: what is wanted of the block.
-            run: returns its output for two samples, (2, tokens, hidden).
+        """Whether such modules alone use each of a block's wanted parameters ``owned``, with a row
+        of tokens for each sample, by ``run`` on two of them, (2, tokens, hidden); then they are
+        noted from now on.
         """
         distinct = len({id(one) for one in owned.values()}) == len(owned)
         self._noting = bool(owned) and distinct and owned.keys() <= self.held.keys()
@@ -166,11 +159,7 @@ class _Linears:
     def gradients(
         self, seen: Iterable[Seen]
     ) -> Iterator[tuple[str, Iterator[tuple[slice, torch.Tensor]]]]:
-        """Yield each wanted parameter and, sample after sample, rows and their gradient.
-
-        Args:
-            seen: what `returned` gave, with the gradient of each output.
-        """
+        """Yield each wanted parameter and, sample after sample, rows and their gradient."""
         calls: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for (path, _, gradient), given in zip(seen, self._given, strict=False):
             if gradient is not None:

@@ -15,15 +15,10 @@ from llm_pruner.errors import UserError
 
 
 class ActivationStore:
-    """Arrays of one shape, written and read by ranges of samples; made when first written to.
+    """Arrays of ``samples`` each, written and read by ranges of them; made when first written to.
 
     Files are plain bytes that are read into fresh memory, not mapped, so that what is on disk does
-    not count as resident memory.
-
-    Args:
-        keys: of the arrays.
-        samples: in each array.
-        memory: bytes that may stay in memory.
+    not count as resident memory; up to ``memory`` bytes stay there.
     """
 
     def __init__(self, keys: range, samples: int, memory: int) -> None:
@@ -55,11 +50,7 @@ class ActivationStore:
             self.drop(key)
 
     def write(self, key: int, samples: slice, values: torch.Tensor) -> None:
-        """Store ``values``, shape (samples in the slice, ...), in the type of the first ones.
-
-        Raises:
-            UserError: the temporary folder has no room for the arrays.
-        """
+        """Store (samples in the slice, ...) in the type of the first; UserError without room."""
         values = values.detach()
         if not self._arrays and not self._files:
             self._make(values)

@@ -143,9 +143,7 @@ class _Late(TorchFunctionMode):
 def put_together_late(mapped: Callable[[], Ranges]) -> Iterator[None]:
     """Inside, what is stacked or joined of weight files alone is ``Assembled``.
 
-    Args:
-        mapped: returns the ranges of addresses, (first, one behind the last), at which files are
-            mapped.
+    ``mapped`` returns the ranges of addresses, (first, one behind the last), of mapped files.
     """
     with _Late(mapped):
         yield

@@ -1,14 +1,10 @@
-"""The chain of blocks inside a model: found by watching it run, then run one at a time; and the
-store of the hidden states between them.
+"""The chain of blocks inside a model: found by watching it run, then run one at a time.
 
 A model is such a chain if one list of layers has its entries called once each, in order, each on
 the very hidden state that the one before returned, and if nothing else carries a gradient from one
-block to another or past them. ``find_chain`` checks all of it on a few tokens, so no list of
-architectures is needed.
-
-Some models hand more from block to block: later blocks of Gemma 4 read the keys and values of
-earlier ones. It lies in a mapping that is an argument of every block. For who runs blocks forward
-alone such a model is a chain as well, which is asked for with ``carries``.
+block to another or past them. ``find_chain`` checks it on a few tokens: no list of architectures is
+needed. Who runs blocks forward alone may ask for models, too, that hand more from block to block
+(``carries``): later blocks of Gemma 4 read the keys and values of earlier ones.
 """
 
 from __future__ import annotations
@@ -24,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from llm_pruner.models.forward import run_for_logits
+from llm_pruner.models.forward import own_forward, run_for_logits
 from llm_pruner.models.layers import heaviest, is_layer_list
 from llm_pruner.models.streaming import turn
 
@@ -79,10 +75,7 @@ class Chain:
         return not self.below.isdisjoint(self.outside)
 
     def after_surgery(self, model: nn.Module) -> Chain | None:
-        """Return the chain, with nothing scored, of what surgery has made of this one's model.
-
-        Narrower weights are run as the wider ones were. None if modules are gone, such as layers.
-        """
+        """Return the chain, with nothing scored, of what surgery made; None if modules are gone."""
         names = {id(module): name for name, module in self.model.named_modules()}
         after = dict(model.named_modules())
         if [*after] != [*names.values()]:
@@ -97,17 +90,10 @@ class Chain:
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Route every block's forward through the handler of the pass in progress."""
-        before = [vars(block).get("forward") for block in self.blocks]
-        try:
+        with own_forward(*self.blocks):
             for index, block in enumerate(self.blocks):
                 block.forward = partial(self._forward, index, block.forward)
             yield
-        finally:
-            for block, own in zip(self.blocks, before, strict=True):
-                if own is None:
-                    vars(block).pop("forward", None)
-                else:
-                    block.forward = own
 
     def _forward(self, index: int, original: Call, /, *args: Any, **kwargs: Any) -> Any:
         if self._handler is None:
@@ -277,10 +263,7 @@ def with_output(output: Any, hidden: torch.Tensor) -> Any:
 
 
 def _form_of(output: Any) -> Any:
-    """Return a block's output without its tensors, for a block that is not run.
-
-    What else it returns, such as attention weights, is not read later: the probe sees to it.
-    """
+    """Return a block's output without its tensors; what else it returns is not read later."""
     if isinstance(output, torch.Tensor):
         return output.new_empty(0)
     return type(output)(None if isinstance(item, torch.Tensor) else item for item in output)
@@ -448,9 +431,7 @@ def _called_in_order(model: nn.Module, ids: torch.Tensor) -> tuple[nn.Module, ..
 def _probe(chain: Chain, ids: torch.Tensor, carries: bool) -> None:
     """Run the model once with all borders cut, and once per block; note what the passes need.
 
-    Raises:
-        NotBlockwise: a gradient crosses a border elsewhere than in the hidden state, or a block
-            does not repeat its output.
+    Raises NotBlockwise if a gradient crosses a border elsewhere, or a block does not repeat itself.
     """
     entries: list[torch.Tensor] = []  # what block i was given; that of the first with its graph
     inputs: list[torch.Tensor] = []  # what it really ran on: a leaf

@@ -42,11 +42,7 @@ def linear_modules(model: nn.Module) -> dict[int, list[str]]:
 def consumers_of(
     model: nn.Module, group: Group, linear: Mapping[int, Sequence[str]] | None = None
 ) -> tuple[Consumer, ...]:
-    """Return the linear modules that read the group's axis, by weights of their own or tied ones.
-
-    Args:
-        linear: what ``linear_modules`` says of the model, for who asks for many groups.
-    """
+    """Return the modules of ``linear_modules`` that read the group's axis, by tied weights too."""
     linear = linear_modules(model) if linear is None else linear
     return tuple(
         Consumer(group.name, name, member.index)
@@ -71,12 +67,9 @@ def weight_of(module: nn.Module) -> torch.Tensor:
 
 
 def set_weight(module: nn.Module, weight: torch.Tensor, dtype: torch.dtype) -> None:
-    """Give a linear module a new weight of shape (out_features, in_features).
+    """Give a linear module a weight (out_features, in_features), of ``dtype`` or what is longer.
 
     The old parameter is left as it is: a copy of the model may share it.
-
-    Args:
-        dtype: what the new one is not to be rounded further than, nor than the old one.
     """
     old = module.get_parameter("weight")
     new = weight if input_dim(module) == 1 else weight.T

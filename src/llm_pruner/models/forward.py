@@ -51,11 +51,7 @@ def find_logits(output: Any, depth: int = 3) -> torch.Tensor | None:
 
 
 def logits_of(output: Any) -> torch.Tensor:
-    """Return the logits of a model's output, whatever it is wrapped in.
-
-    Raises:
-        DiscoveryError: there are none.
-    """
+    """Return the logits of an output, whatever it is wrapped in; DiscoveryError if none."""
     logits = find_logits(output)
     if logits is None:
         kind = type(output).__name__
@@ -116,10 +112,7 @@ def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 def cache_argument(model: nn.Module) -> str | None:
-    """Return the name of the forward argument, and output field, that holds the cache.
-
-    transformers calls it ``cache``, and earlier ``past_key_values``. None if there is neither.
-    """
+    """Return the name of the argument and output field that holds the cache, if there is one."""
     names = parameters_of(model)
     return next((name for name in ("cache", "past_key_values") if name in names), None)
 
@@ -227,6 +220,20 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             config.use_cache = value
 
 
+@contextmanager
+def own_forward(*modules: nn.Module) -> Iterator[None]:
+    """Give modules their forward pass back at the end, also after what accelerate makes of it."""
+    names = ("forward", "_original_forward")
+    before = [{name: vars(one)[name] for name in names if name in vars(one)} for one in modules]
+    try:
+        yield
+    finally:
+        for module, own in zip(modules, before, strict=True):
+            for name in names:
+                vars(module).pop(name, None)
+            vars(module).update(own)
+
+
 def leave_weights_(model: nn.Module) -> None:
     """Have a model compute with its weights as they are.
 
@@ -323,10 +330,7 @@ def make_room_(cache: Any, tokens: int) -> None:
 
 
 def repeat_(cache: Any, texts: int) -> bool:
-    """Have so many texts go on from the one that a cache holds; return whether that can be.
-
-    It can where a cache of transformers keeps keys and values in its layers and nothing else.
-    """
+    """Have so many texts go on from one cache of keys and values; return whether that can be."""
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
     if type(cache) is not DynamicCache or vars(cache).keys() != vars(DynamicCache()).keys():
         return False
@@ -337,10 +341,7 @@ def repeat_(cache: Any, texts: int) -> bool:
 
 
 class _Roomy(DynamicLayer):
-    """A layer whose keys and values are the filled part of longer tensors.
-
-    All have the shape (batch, heads, tokens, size of a head).
-    """
+    """A layer whose keys and values are the filled part of longer (batch, heads, tokens, size)."""
 
     def __init__(self, filled: DynamicLayer, tokens: int) -> None:
         super().__init__()

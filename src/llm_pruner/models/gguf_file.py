@@ -111,11 +111,8 @@ def _header(file: Path) -> bytes:
 def complete_from_gguf_(config: Any, file: Path) -> None:
     """Give a config what its file says, or llama.cpp knows, and transformers does not read.
 
-    These are sizes, the scale of the attention, and base and scaling of rotary embeddings.
-
-    Raises:
-        UserError: transformers computes something else, whatever its config says, or there is a
-            scaling that the file does not tell in full.
+    These are sizes, the scale of the attention, and base and scaling of rotary embeddings. Raises
+    UserError if transformers computes something else, or a scaling is not told in full.
     """
     start = _header(file)
     architecture = str(_said(start, "general.architecture"))
@@ -195,23 +192,14 @@ def _is_llama3(config: PreTrainedConfig, factors: Any) -> bool:
 
 
 def split_as_said_(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
-    """Have text split before merging as a file says, which transformers does not read.
-
-    Where llama.cpp's name for it is none that is known here, it is as transformers has it.
-    """
+    """Have text split before merging as a file says, by a name of llama.cpp's known here."""
     backend = getattr(tokenizer, "_tokenizer", None)
     if backend is not None:
         split_as_named_(backend, _said(_header(file), "tokenizer.ggml.pre"))
 
 
 def drop_tokens_beyond_(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Take the added tokens out of a tokenizer that have no row in the embedding.
-
-    transformers adds such to the tokenizer of a file that lacks a token by which it knows its kind.
-
-    Args:
-        rows: of the embedding.
-    """
+    """Take the added tokens, such as transformers', that have no row out of a tokenizer."""
     backend: Any = getattr(tokenizer, "_tokenizer", None)
     added = [] if backend is None else [*backend.get_added_tokens_decoder().items()]
     gone = {str(token) for index, token in added if index >= rows}

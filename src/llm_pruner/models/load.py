@@ -291,12 +291,9 @@ def _download(source: str, found: _Found) -> None:
 
 
 def exceeds(model: ModelSettings, memory: int) -> bool:
-    """Whether the weights of a model on this machine need more memory than that.
+    """Whether a model here that is read by blocks, so not ``.gguf``, needs more memory than that.
 
-    Of what is read as a whole, packed weights and a ``.gguf`` file, it is never so.
-
-    Raises:
-        UserError: the model cannot be loaded, or a weight file is damaged.
+    Raises UserError: it cannot be loaded, or a weight file is damaged.
     """
     if _method(check(model, packed=True)) not in (None, _OWN_METHOD):
         return False
@@ -305,14 +302,9 @@ def exceeds(model: ModelSettings, memory: int) -> bool:
 
 
 def check_memory(model: ModelSettings, memory: int | str) -> None:
-    """Look at whether there is room for a ``.gguf`` file, which is unpacked as a whole.
+    """Raise UserError if a ``.gguf`` file, unpacked as a whole, needs more than ``memory``.
 
-    Args:
-        memory: bytes that the weights may take; ``auto`` if nobody said, when what is free is only
-            compared.
-
-    Raises:
-        UserError: they need more than was said.
+    With ``auto``, nobody having said, what is free is compared, and only warned of.
     """
     file = on_disk.local_path(model.model)
     if file.suffix != ".gguf" or not file.is_file():
@@ -380,11 +372,7 @@ def _find(
     tokenizer_required: bool = True,
     weights: bool = True,
 ) -> _Found:
-    """Return where a model is read from, after all checks that need no weights.
-
-    Raises:
-        UserError: there is no such model, or a part of it is missing or damaged.
-    """
+    """Return where a model is read from, after checks that need no weights; or UserError."""
     if revision == "":
         raise UserError("--revision is empty; name a branch, tag or commit, or leave it out")
     path = on_disk.local_path(source)
@@ -523,10 +511,7 @@ def _config_suffices(config: Any, shared: dict[str, Any]) -> bool:
 def without_values(
     config: Any, dtype: torch.dtype | str, trust_remote_code: Any = None, device: str = "meta"
 ) -> PreTrainedModel:
-    """Build a model as ``from_pretrained`` does before it reads weights: with no memory on meta.
-
-    On another device they are what the memory holds; buffers are computed.
-    """
+    """Build a model as ``from_pretrained`` does before it reads weights: no memory on meta."""
     if dtype == "auto":
         dtype = config.dtype or torch.float32
     with (
@@ -718,15 +703,9 @@ def load_tokenizer(model: ModelSettings) -> PreTrainedTokenizerBase:
 
 
 def check(model: ModelSettings, *, packed: bool = False) -> Any:
-    """Refuse what ``load`` would refuse before it reads weights; of a hub, read a config.
+    """Refuse what ``load`` would refuse before it reads weights, of models loaded late in a run.
 
-    Meant for models that are loaded late in a run.
-
-    Returns:
-        The config; None of a .gguf file, where it lies behind a vocabulary that takes seconds.
-
-    Raises:
-        UserError: it cannot be loaded.
+    Returns the config; None of a .gguf file, where it lies behind a vocabulary that takes seconds.
     """
     return _checked(model, packed)[1]
 

@@ -1,10 +1,9 @@
 """Several runs of streamed models in step, so that a block's weights are read once for all of them.
 
-Every run is a thread of its own, so that a model's code runs as it is, ``generate`` and all, and
-what PyTorch keeps by thread (modes, gradients, autocast) is each run's own. One thread goes at a
-time. Before a block it waits until no other run has an earlier block to come to; then the weights
-of that block are read, and all that wait for it go through it, one after the other. So there are as
-many passes over the weights as the longest run has, and never more than one block in memory.
+Every run is a thread of its own, since PyTorch keeps modes, gradients and autocast by thread. One
+goes at a time. Before a block it waits until no other has an earlier block to come to; then its
+weights are read, and all that wait go through it, one after the other. ``docs/how-it-works.md``
+says more.
 """
 
 from __future__ import annotations
@@ -45,11 +44,7 @@ _MODULES = 2_500_000
 
 @dataclass(frozen=True)
 class Side(Generic[T]):
-    """A streamed model and the jobs that run it.
-
-    Attributes:
-        around: made anew whenever they go, and left while others do.
-    """
+    """A streamed model and its jobs; ``around`` is made anew whenever they go."""
 
     model: nn.Module
     jobs: Sequence[Job[T]]
@@ -57,10 +52,7 @@ class Side(Generic[T]):
 
 
 def runs_in_step(model: nn.Module, tokens: int) -> int:
-    """Return how many runs of a streamed model, on so many tokens each, go in step.
-
-    Each has hidden states and a copy of the modules, with buffers of its own.
-    """
+    """Return how many runs on so many tokens go in step, by hidden states and buffers of each."""
     whole: Any = model
     states = 4 * tokens * whole.get_input_embeddings().weight.shape[1]
     buffers = sum(one.nbytes for one in model.buffers())
@@ -175,10 +167,7 @@ class _Run(Thread, Generic[T]):
 
 
 def together(sides: Sequence[Side[T]], label: str) -> list[Outcome[T]]:
-    """Return the outcomes of all jobs of all sides, whose models have the same blocks in step.
-
-    They may share weights, and have lost blocks.
-    """
+    """Return the outcomes of all jobs, of models whose blocks, less lost ones, are the same."""
     runs: list[_Run[T]] = []
     # What they put in its place may be put back in any order.
     with redirect_stdout(sys.stdout):

@@ -48,11 +48,7 @@ FileStates: TypeAlias = tuple[tuple[Path, int, int], ...]
 
 
 def default_gguf() -> Path:
-    """Return the embedded model's file, without importing the package that carries it.
-
-    Raises:
-        UserError: the package is not installed.
-    """
+    """Return the embedded model's file, unimported; UserError if its package is not installed."""
     # The package's own imports (a llama.cpp build) are not installed, and not needed.
     spec = find_spec(_DEFAULT_PACKAGE)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
@@ -77,14 +73,7 @@ def name_of(folder: Path) -> str:
 
 
 def stored_at(source: str, revision: str | None = None) -> Path | None:
-    """Return the file or folder that a model is read from; None if it is not on this machine.
-
-    Of a model of the hub, what is there may be a part of its files.
-
-    Args:
-        source: as for ``load_model``.
-        revision: branch, tag or commit, if ``source`` is a hub id.
-    """
+    """Return the file or folder, maybe not whole, that a model is read from; None if not here."""
     path = local_path(source)
     if source == DEFAULT or path.exists():
         return path
@@ -98,24 +87,13 @@ def stored_at(source: str, revision: str | None = None) -> Path | None:
 
 
 def download(source: str, revision: str | None, code: bool) -> None:
-    """Bring what a model on the hub is read from onto this machine.
-
-    Args:
-        code: whether Python files, too.
-
-    Raises:
-        OSError: it cannot be had, or not now.
-    """
+    """Bring a model of the hub, and with ``code`` Python files, here; OSError if it cannot be."""
     wanted = [*_READ, *(["*.py"] if code else [])]
     snapshot_download(source, revision=revision, allow_patterns=wanted, ignore_patterns=_UNREAD)
 
 
 def records_of(source: str, revision: str | None = None) -> Path:
-    """Return the folder with what says how a model was made, fetched of one on the hub.
-
-    They may not be there; without a network those are found that were fetched before. For the
-    arguments see ``stored_at``.
-    """
+    """Return the folder with what says how a model was made, fetched of the hub if it can be."""
     if not local_path(source).exists():
         # Where there are none, or no network, the hub's client says and raises anything.
         with suppress(Exception), quiet_bars("huggingface_hub"):
@@ -124,13 +102,7 @@ def records_of(source: str, revision: str | None = None) -> Path:
 
 
 def file_states(source: str) -> FileStates:
-    """Return what the config and the weight files of a local model look like; empty of the hub's.
-
-    Files in the cache of the hub are never changed in place.
-
-    Raises:
-        UserError: the index of weight files is damaged.
-    """
+    """Return what config and weight files of a local model look like; empty of the hub's."""
     path = local_path(source)
     sharded = (path / _INDEX).is_file() and not (path / _WEIGHTS).is_file()
     weights = [path / name for name in weight_names(path)] if sharded else [path / _WEIGHTS]
@@ -154,25 +126,17 @@ def check_file_states(before: FileStates) -> None:
 
 
 def dtype_named(name: str) -> torch.dtype | str:
-    """Return the type of one of ``DTYPES``, ``auto`` as it is.
-
-    Raises:
-        UserError: it is none of them.
-    """
+    """Return the type of one of ``DTYPES``, ``auto`` as it is; UserError for others."""
     if name not in DTYPES:
         raise UserError(f"dtype {name!r} is unknown; use one of {', '.join(DTYPES)}")
     return name if name == "auto" else getattr(torch, name)
 
 
 def stored_size(source: str, revision: str | None, dtype: str) -> tuple[int | None, int] | None:
-    """Return the number of parameters of a model and their bytes in ``dtype``.
+    """Return the number of parameters of a model and their bytes in ``dtype``, by its headers.
 
-    They are read from the headers of weight files. A ``.gguf`` file packs them: their number is not
-    known, and the bytes are the least there can be. Of a model that is not on this machine, or of
-    which not all of the hub's files are, nothing is known.
-
-    Raises:
-        UserError: a weight file is damaged.
+    Of a packed ``.gguf`` file the number is not known, and the bytes are the least there can be; of
+    a model that is not all on this machine, nothing. Raises UserError if a file is damaged.
     """
     path = stored_at(source, revision)
     kind = dtype_named(dtype)
@@ -200,11 +164,7 @@ class Stored(NamedTuple):
 
 
 def stored_tensors(folder: Path) -> list[Stored]:
-    """Return what the weight files of a folder hold, each compared with what its header promises.
-
-    Raises:
-        UserError: there are none, or not all that there should be, or one is damaged.
-    """
+    """Return what a folder's weight files hold by their headers; UserError if one is damaged."""
     names = weight_names(folder)
     if absent := _absent(folder, names):
         raise UserError(
@@ -215,10 +175,7 @@ def stored_tensors(folder: Path) -> list[Stored]:
 
 
 def check_types(folder: Path) -> None:
-    """Raise UserError if weights are packed and the config does not say how.
-
-    Read as they are, they would lack the factors that they are to be multiplied by.
-    """
+    """Raise UserError if weights are packed and the config does not say by which factors."""
     for tensor in stored_tensors(folder) if _is_complete(folder) else ():
         if tensor.dtype.startswith(("F8", "F4", "F6_")):
             raise UserError(
@@ -250,11 +207,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def weight_names(folder: Path) -> list[str]:
-    """Return the names of the weight files that a model in a folder is read from.
-
-    Raises:
-        UserError: there are none, or the index of them is damaged.
-    """
+    """Return the weight files that a folder's model is read from; UserError if none or damaged."""
     index = folder / _INDEX
     if (folder / _WEIGHTS).is_file():
         return [_WEIGHTS]

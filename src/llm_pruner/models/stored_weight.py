@@ -161,10 +161,7 @@ def _places(folder: Path, changed: int) -> frozenset[str]:  # noqa: ARG001 - for
 
 
 def mapped_files(folder: Path) -> list[tuple[int, int]]:
-    """Return the ranges of addresses at which a folder's weight files are mapped.
-
-    None but on Linux. A file may be a link to a name of any kind, as in the cache of the hub.
-    """
+    """Return the addresses at which a folder's weight files, links or not, are mapped, on Linux."""
     maps = Path("/proc/self/maps")
     if not FILES or not maps.is_file():
         return []

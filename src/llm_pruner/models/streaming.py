@@ -1,14 +1,10 @@
 """Weights that stay in the checkpoint's files and are read for their block's turn.
 
-safetensors maps weight files into memory, so a model that keeps the type of its checkpoint occupies
-no memory until its weights are read. ``stream_`` puts an empty stand-in in place of every weight
-inside the blocks; when a block runs, and for as long as ``turn`` holds it, its weights are there in
-the type of computation, cut as surgery said, and afterwards their pages are given back. So are
-those of embeddings and head for each call, where nothing but the module itself uses them: a large
-vocabulary takes as much as several blocks. Whatever runs the model, the weights of one block or of
-the head exist at a time.
-
-A stand-in is one NaN in the shape of the weight: what is read out of turn does not pass unnoticed.
+``stream_`` puts one NaN in the shape of every weight inside the blocks: what is read out of turn
+does not pass unnoticed. When a block runs, and for as long as ``turn`` holds it, its weights are
+there in the type of computation, cut as surgery said, and afterwards their pages are given back; so
+are those of embeddings and head, for each call, where nothing else uses them.
+``docs/how-it-works.md`` says more.
 """
 
 from __future__ import annotations
@@ -72,11 +68,7 @@ def forget_pages(model: nn.Module) -> None:
 
 
 def values_of(parameter: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Return a parameter's values, detached, whether or not it is its turn.
-
-    Args:
-        dtype: of what is read; by default that of computation.
-    """
+    """Return a parameter's values, detached, in turn or not, by default as it computes."""
     source = _SOURCES.get(parameter)
     if source is None or parameter in _held:
         return parameter.detach()
@@ -98,11 +90,7 @@ def stored(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
 def in_turns(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return a copy that computes in another type, and has each block's weights in it for its turn.
 
-    It shares the weights of ``model``, which is in memory and stays as it is, and is as a model
-    that is streamed.
-
-    Raises:
-        NeedsMemory: as `stream_`.
+    It shares the weights of ``model``, which is in memory and stays. Raises NeedsMemory: `stream_`.
     """
     memo: dict[int, Any] = {id(one): one.detach() for one in model.buffers()}
     for one in model.parameters():
@@ -197,11 +185,7 @@ def stream_(
 
 
 def _set_apart_(model: nn.Module) -> dict[int, torch.Tensor]:
-    """Give a model plain tensors for notes of what they are made of.
-
-    Returns:
-        id of a new parameter -> the note of its values; buffers have theirs.
-    """
+    """Give a model plain tensors for notes of what they are made of; return id -> note."""
     new: dict[int, nn.Parameter] = {}
     noted: dict[int, torch.Tensor] = {}
     for module in model.modules():
@@ -247,11 +231,7 @@ def ends_of(model: nn.Module) -> list[nn.Module]:
 
 
 def _compute_anew_(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give buffers that no file holds the values that they have in a model of type ``dtype``.
-
-    Raises:
-        NeedsMemory: the model does not say how one is computed.
-    """
+    """Give buffers that no file holds the values of type ``dtype``; NeedsMemory if unknown."""
     for path, module, initialise in with_initialisers(model):
         narrow = [
             name
@@ -314,10 +294,7 @@ def _adopt(parameter: nn.Parameter, source: StoredWeight) -> None:
 
 @contextmanager
 def turn(*blocks: nn.Module) -> Iterator[None]:
-    """Inside, the weights of these blocks are there, for a backward pass too.
-
-    A weight that is replaced inside is kept in the type that ``new_weights_in`` says.
-    """
+    """Inside, the weights of these blocks are there, for a backward pass too."""
     places = [
         (module, key, parameter)
         for block in blocks
@@ -359,10 +336,7 @@ def _type_in_turn(module: nn.Module, source: StoredWeight) -> torch.dtype:
 
 
 def _would_narrow(module: nn.Module, source: StoredWeight) -> bool:
-    """Whether autocast would bring a module's weights to the very type in which they are stored.
-
-    Then the products are the same and neither copy is made.
-    """
+    """Whether autocast would cast a module's weights to the type in which they are stored."""
     on = source.device.type
     return (
         type(module) is nn.Linear
@@ -373,19 +347,13 @@ def _would_narrow(module: nn.Module, source: StoredWeight) -> bool:
 
 
 def _reads_rows(module: nn.Module, source: StoredWeight) -> bool:
-    """Whether a module's weights are kept as they are stored, of which it reads a few rows.
-
-    What it reads is widened afterwards. Gradients are taken in the type of computation.
-    """
+    """Whether a module's weights stay as stored, since it reads a few rows, widened afterwards."""
     narrow = torch.promote_types(source.stored.dtype, source.dtype) == source.dtype
     return type(module) is nn.Embedding and narrow and not _wants_gradient(module)
 
 
 def _finds_rows(module: nn.Module, source: StoredWeight) -> bool:
-    """Whether rows can be looked up where they lie, before they are cut: a cut table is a copy.
-
-    A trace, which knows the table as it was cut, is to see the lookup there.
-    """
+    """Whether rows can be looked up where they lie: a cut table is a copy, and a trace sees it."""
     across = all(dim == 1 for dim, _, _ in source.changes)
     return across and _reads_rows(module, source) and _get_current_dispatch_mode() is None
 

@@ -25,14 +25,9 @@ _PROBE = (
 
 
 def read_tokenizer(source: str, shared: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """Return a tokenizer whose tokens are those of its ``tokenizer.json``, if it has one.
+    """Return a tokenizer with the tokens of its ``tokenizer.json``, if its folder or id has one.
 
-    Args:
-        source: a folder or an id on the hub.
-        shared: what else ``from_pretrained`` is given.
-
-    Raises:
-        Exception: whatever the code of tokenizers raises.
+    ``shared`` is what else ``from_pretrained`` is given. Raises whatever tokenizers' code raises.
     """
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **shared)
     rebuilt = isinstance(tokenizer, PreTrainedTokenizerFast) and _is_of_transformers(tokenizer)
@@ -51,11 +46,7 @@ def read_tokenizer(source: str, shared: dict[str, Any]) -> PreTrainedTokenizerBa
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save a tokenizer so that older versions of transformers read it, too.
-
-    Where it is a class of transformers, code that its source names besides is not written, and not
-    named.
-    """
+    """Save a tokenizer for older transformers, too, without code besides a class of theirs."""
     named = tokenizer.init_kwargs
     code = named.pop("auto_map", None) if _is_of_transformers(tokenizer) else None
     try:

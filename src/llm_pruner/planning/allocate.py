@@ -117,12 +117,7 @@ def check_reachable(
 ) -> None:
     """Raise what `allocate` would raise for this model whatever the importance is.
 
-    For a look ahead, before the importance is estimated. With scope ``local`` that is everything;
-    with one ranking over all groups it is not whether there is a removal within 0.5 points of the
-    target.
-
-    Raises:
-        UserError: as `allocate`.
+    With one ranking over all groups a removal within 0.5 points may not be there all the same.
     """
     scores = {group.name: np.zeros(group.size) for group in discovery.groups}
     if selection.scope == "local":
@@ -149,10 +144,7 @@ def _refuse_split(selection: Selection, target: Target) -> None:
 
 
 def _check_shares(search: Search, selection: Selection, target: Target) -> None:
-    """Raise UserError if the structure with the largest share has less than what is left to it.
-
-    Each takes up what those with smaller shares miss, see `_search_split`.
-    """
+    """Raise UserError if the structure with the largest share has less than what is left to it."""
     if selection.split is None or target.loose:
         return
     removed, spans = search.cost.total - search.target, _spans(search)
@@ -185,13 +177,7 @@ def with_equal_split(
 ) -> Selection:
     """Return a selection in which one ranking takes the same share of each structure.
 
-    With scope ``local`` that is so anyway.
-
-    Args:
-        cost: as for `allocate`.
-
-    Raises:
-        UserError: as `allocate`.
+    With scope ``local`` that is so anyway. ``cost`` and errors are those of `allocate`.
     """
     if selection.scope == "local" or len(selection.structures) == 1:
         return selection
@@ -235,11 +221,7 @@ def _unit_steps(
 
 
 def _refuse_nothing(same: Sequence[Candidates], ratio: Fraction, target: Target) -> None:
-    """Raise if a unit ratio, over all steps, leaves whole what the user asked to prune.
-
-    Args:
-        same: a group, or all of one structure whose units share the ratio.
-    """
+    """Raise if a unit ratio leaves whole a group, or a whole structure, that was asked for."""
     dense = sum(one.dense for one in same)
     # The coarsest, since importance decides which of them would be the first.
     step = max((int(one.counts[1]) for one in same if len(one.counts) > 1), default=0)
@@ -278,11 +260,7 @@ def _cost_steps(
 
 
 def _searched(search: Search, selection: Selection, target: Target) -> dict[str, int]:
-    """Return the steps of each group that meet the target.
-
-    Raises:
-        UserError: none do.
-    """
+    """Return the steps of each group that meet the target; UserError if none do."""
     prices = increment_prices(search.candidates, search.cost)
     if selection.split is None:
         _search(search, search.candidates.all, prices, selection)
@@ -341,10 +319,7 @@ def _search(
 
 
 def _capped(search: Search, selection: Selection, spread: float, beyond: int) -> AllCandidates:
-    """Return the candidates without those beyond the selection's ``spread``, but for so many.
-
-    The spread is that of all steps together.
-    """
+    """Return the candidates within the ``spread`` of all steps together, but for so many."""
     candidates, cost, split = search.candidates, search.cost, selection.split
     kinds, spans = candidates.by_kind(), _spans(search)
     everywhere = cost.total - cost.left(candidates.removal(candidates.most))

@@ -143,10 +143,7 @@ def find_candidates(
 
 
 def why_none_can_go(discovery: Discovery, selection: Selection, structure: str) -> str | None:
-    """Return why no group of a structure can lose anything; None if one can.
-
-    Layers that are protected are no reason.
-    """
+    """Return why no group of a structure can lose anything, but for protection; None if one can."""
     everywhere: dict[str, Any] = {"layer_ranges": {}, "protect_first": 0, "protect_last": 0}
     whole = replace(selection, structures=(structure,), split=None, **everywhere)
     scores = {group.name: np.zeros(group.size) for group in discovery.groups}
@@ -160,11 +157,7 @@ def why_none_can_go(discovery: Discovery, selection: Selection, structure: str) 
 def smallest_removals(
     discovery: Discovery, selection: Selection, numbering: Numbering
 ) -> list[tuple[Group, dict[str, IntArray]]]:
-    """Return the smallest removal from each chosen group that can lose something.
-
-    Raises:
-        UserError: as `allocate`.
-    """
+    """Return the smallest removal from each chosen group that can lose some."""
     scores = {group.name: np.zeros(group.size) for group in discovery.groups}
     found = find_candidates(discovery, scores, selection, numbering)
     return [

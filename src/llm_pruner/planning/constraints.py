@@ -154,11 +154,7 @@ def _check_companions(
 
 
 def scores_of(group: Group, scores: Scores) -> FloatArray:
-    """Return the importance of a group's units, shape (size,).
-
-    Raises:
-        UserError: the criterion gave none, not one per unit, or one that is not a number.
-    """
+    """Return the importance of a group's units, shape (size,); UserError unless that is given."""
     values = scores.get(group.name)
     if values is None:
         raise UserError(
@@ -185,10 +181,7 @@ def add_companions(
     gone: set[Place],
     orders: Mapping[str, IntArray],
 ) -> None:
-    """Add to ``removal`` what companions must lose, least important units first.
-
-    Companions may have companions, so this repeats until nothing changes.
-    """
+    """Add to ``removal`` what companions, and theirs, must lose, least important units first."""
     waiting = [name for name in removal if groups[name].companions]
     while waiting:
         group = groups[waiting.pop()]

@@ -31,7 +31,6 @@ class Queue:
 
     Attributes:
         owners: groups that move together, increment by increment; they have the same ``counts``.
-        sequence: owner index of each increment, in order.
         price: shape (owners,), parameters that the largest increment of an owner removes.
     """
 
@@ -45,8 +44,6 @@ class Search:
     """Removals around a target.
 
     Attributes:
-        candidates, cost: what may be removed, and what is counted.
-        target: the cost to keep.
         allow_nothing: whether removing nothing counts as a removal.
         base: steps that are taken in any case.
         counts: costs of all removals that were tried.
@@ -73,10 +70,7 @@ class Search:
         return self.error <= TOLERANCE * self.cost.dense
 
     def try_steps(self, steps: Mapping[str, int]) -> int:
-        """Count what is left after ``steps`` and remember it if it is the nearest so far.
-
-        Steps in ``base`` are taken as well.
-        """
+        """Count what is left after ``steps`` and ``base``; remember it if it is the nearest."""
         steps = {**self.base, **steps}
         count = self.cost.left(self.candidates.removal(steps))
         if any(steps.values()) or self.allow_nothing:
@@ -127,10 +121,7 @@ class Search:
     def _bisect(
         self, queue: Queue, held: Mapping[int, int], free: IntArray
     ) -> tuple[int | None, int, int]:
-        """Return the place of the increment that crosses the target and the costs around it.
-
-        The place is None where the whole queue lies on one side of the target.
-        """
+        """Return where the queue crosses the target, None if nowhere, and the costs around."""
 
         def count(taken: int) -> int:
             return self.try_steps(_steps(queue, held, free[:taken]))
@@ -191,10 +182,7 @@ def density(one: Candidates, prices: Prices) -> FloatArray:
 
 
 def share_after(one: Candidates) -> FloatArray:
-    """Return, for each increment, the share of the dense group at which taking it is nearest.
-
-    That is the share in the middle between before and after the increment.
-    """
+    """Return, for each increment, the dense share in the middle between before and after it."""
     middle = (one.counts[:-1] + one.counts[1:]) / 2
     return np.asarray((one.gone + middle) / max(one.dense, 1), dtype=np.float64)
 
@@ -206,10 +194,7 @@ def make_queue(
 ) -> Queue:
     """Return the increments of all owners sorted by ``keys``, then by owner, then as they come.
 
-    Args:
-        owners: groups that move together; the keys of the first are taken.
-        prices: of the increments of each group.
-        keys: candidates -> a sort key for each increment; the most significant first.
+    ``owners`` move together, by keys of the first; ``keys``: candidates -> keys, the main first.
     """
     columns = [np.concatenate([key(owner[0]) for owner in owners]) for key in keys]
     index = np.concatenate(

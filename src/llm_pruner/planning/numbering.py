@@ -63,13 +63,10 @@ class Numbering:
         return any(len(self.kept.get(one.name, ())) < one.size for one in self.groups.values())
 
     def matched(self, discovery: Discovery) -> Discovery:
-        """Return what was found of the pruned model, with what means other units frozen.
+        """Return the ``discovery`` of what is left, with what means other units frozen.
 
         Where one key-value head is left, for instance, the units are its query heads. Lists of
         layers, which are named by their length, have their dense names.
-
-        Args:
-            discovery: of what is left, as it is found anew.
         """
 
         def same(group: Group) -> bool:

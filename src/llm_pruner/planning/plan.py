@@ -7,7 +7,6 @@ the run, so equal inputs give equal bytes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llm_pruner.errors import PlanError, UserError
-from llm_pruner.files.disk import parse_json, read_text
+from llm_pruner.files.disk import parse_json, read_text, short_digest
 from llm_pruner.files.ranges import MOST_UNITS, format_ranges, parse_ranges
 from llm_pruner.planning.constraints import check
 from llm_pruner.surgery.removal import count_parameters
@@ -39,7 +38,6 @@ class PlanModel(_Strict):
         name: hub id, folder or file that the user gave.
         revision: hub revision, if known.
         fingerprint: of the structure, as `fingerprint` gives it.
-        parameters: number of parameters, tied ones once.
     """
 
     name: str
@@ -186,15 +184,13 @@ def fingerprint(discovery: Discovery) -> str:
             sorted(discovery.aliases.items()),
         ]
     )
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    return short_digest(content)
 
 
 def read_plan(source: str | Path) -> Plan:
     """Return the Plan in a file, or in a text that starts with a brace.
 
-    Raises:
-        UserError: no such file, not UTF-8, or not JSON (with line and column).
-        PlanError: fields that are missing, unknown or of the wrong type; all of them.
+    Raises UserError if it is no JSON file (with line and column), PlanError for all wrong fields.
     """
     written = isinstance(source, str) and source.lstrip().startswith("{")
     where = "the plan" if written else f"plan {source}"

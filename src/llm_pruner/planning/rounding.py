@@ -87,10 +87,9 @@ def _heads_to(group: Group, multiple: int) -> int:
 
 
 def undivided(groups: Sequence[Group], devices: int) -> Group | None:
-    """Return the first group of FFN channels, or else of heads, that devices cannot share evenly.
+    """Return the first group of FFN channels, or heads, that devices cannot share evenly.
 
-    Servers copy key-value heads that are fewer than the devices, if their number divides that of
-    the devices. Query heads they do not copy, nor heads that are both.
+    Servers copy key-value heads, if their number divides the devices', and no query heads.
     """
     shared = {group.owner for group in groups if group.kind == "query_heads"}
     uneven = [
@@ -104,10 +103,7 @@ def undivided(groups: Sequence[Group], devices: int) -> Group | None:
 
 
 def _check_divides(discovery: Discovery, chosen: Sequence[Group], devices: int) -> None:
-    """Raise UserError unless devices can share channels and heads, of layers that stay whole too.
-
-    Heads that may go must divide: a layer keeps a multiple of the devices.
-    """
+    """Raise UserError unless devices can share channels and heads, also of layers that stay."""
     heads = [group for group in chosen if group.kind == "heads" and group.size % devices]
     group = undivided(discovery.groups, devices)
     if group is not None:

@@ -63,13 +63,9 @@ class Target:
         return ", ".join(f"{name}={value}" for name, value in self._given().items())
 
     def kept(self, dense: int) -> int:
-        """Return how much to keep of what it counts; not for ``unit_ratio``.
+        """Return how much to keep of ``dense`` parameters, or bytes of cache per token.
 
-        Args:
-            dense: parameters of the dense model; for ``kv_cache``, bytes of its cache per token.
-
-        Raises:
-            UserError: ``params`` is not below ``dense``.
+        Raises UserError if ``params`` is not below ``dense``. Not for a ``unit_ratio``.
         """
         share = self.ratio if self.kv_cache is None else self.kv_cache
         if share is not None:
@@ -283,11 +279,7 @@ def _groups_of(
 
 
 def scored_groups(discovery: Discovery, selection: Selection, numbering: Numbering) -> set[str]:
-    """Return the names of the groups that may lose units and of those that lose some with them.
-
-    Raises:
-        UserError: as ``choose_groups``.
-    """
+    """Return the names of groups that may lose units, and of those that lose some with them."""
     chosen = choose_groups(discovery, selection, numbering)
     return {name for group in chosen for name in bound_to(group.name, discovery.by_name)}
 
@@ -311,10 +303,7 @@ def removable_layers(dense: Group, selection: Selection, numbering: Numbering) -
 
 
 def _layers(selection: Selection, structure: str, total: int) -> tuple[int, int]:
-    """Return the first and last layer, of a list of so many, that a structure is pruned in.
-
-    The last is before the first where a short list is protected as a whole.
-    """
+    """Return the first and last layer, of so many, that a structure is pruned in, if any is."""
     unprotected = selection.protect_first, total - 1 - selection.protect_last
     return selection.layer_ranges.get(structure, unprotected)
 

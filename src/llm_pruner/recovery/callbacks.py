@@ -29,10 +29,7 @@ _BY_CALLBACK = "a callback ended it"
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: steps done, its state, the last step's loss, if it was just scored.
-
-    ``control``: it is the dense model that trains, to compare with.
-    """
+    """A run's steps, state, last loss, if just scored; ``control``: it is the dense model's."""
 
     step: int
     run: RunState
@@ -46,8 +43,6 @@ class Guard(TrainerCallback):
 
     Args:
         trainer: whose run is guarded; all its processes go by the clock of the first.
-        score: gives an evaluation at a step.
-        say: is told the step, the last loss and whether it was evaluated.
     """
 
     def __init__(
@@ -130,11 +125,7 @@ class Guard(TrainerCallback):
         return True
 
     def _hopeless(self, step: int) -> bool:
-        """Whether to stop for want of gains.
-
-        A run that has gained nothing yet goes on to its half: at the full learning rate the loss
-        often rises first, and falls below where it was as the rate goes to zero.
-        """
+        """Whether to stop for want of gains; not before half, as the loss often rises first."""
         run = self._run
         without = len(run.evaluations) - 1 - run.best
         return without >= self._settings.patience and (run.best > 0 or 2 * step >= run.total)
@@ -158,20 +149,15 @@ class Guard(TrainerCallback):
         self._clock = now
 
     def _late(self) -> bool:
-        """Whether the time that is left is too short for one more step and the last scores.
-
-        These are two: of the weights at the end, and of the best ones as they will be saved.
-        """
+        """Whether the time left is too short for one more step and the two last scores."""
         if self._settings.max_minutes is None:
             return False
         scores = self._run.seconds_to_score + self._run.seconds_to_judge
         return self._left() <= 1.1 * (scores + self._seconds_to_step)
 
     def _plan_first(self, step: int) -> None:
-        """Plan while the first steps are timed, and nothing is scored.
-
-        The first plan after ``SETTLING`` of the time, when the learning rate is near its peak, ends
-        this, or the first one by which all steps fit.
+        """Plan while the first steps are timed and nothing is scored: until all steps fit, or the
+        rate nears its peak after ``SETTLING`` of the time.
         """
         run, left = self._run, self._left()
         affordable = int(SCORING * left / max(run.seconds_to_score, 1e-9))

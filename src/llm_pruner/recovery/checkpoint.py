@@ -77,11 +77,7 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """Read what ``write_tensors`` wrote.
-
-    Raises:
-        UserError: it is not there or damaged.
-    """
+    """Read what ``write_tensors`` wrote; UserError if it is not there or damaged."""
     with _reading(file):
         return load_file(file)
 
@@ -92,11 +88,7 @@ def write_values(folder: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_values(folder: Path) -> dict[str, Any]:
-    """Read what ``write_values`` wrote.
-
-    Raises:
-        UserError: it is not there or damaged.
-    """
+    """Read what ``write_values`` wrote; UserError if it is not there or damaged."""
     with _reading(folder / _VALUES):
         return dict(read_json(folder / _VALUES))
 
@@ -104,13 +96,9 @@ def read_values(folder: Path) -> dict[str, Any]:
 def optimizer_values(
     optimizer: Any, keep: bool = True
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return an optimizer's tensors by name, and the rest of its state, plain values.
+    """Return an optimizer's tensors by name, and the rest of its state, plain values, or UserError.
 
-    Args:
-        keep: whether the tensors are wanted here; processes that hold parts of them must all ask.
-
-    Raises:
-        UserError: its state is more than tensors and numbers.
+    ``keep``: whether tensors are wanted here; processes that hold parts of them must all ask.
     """
     state = optimizer.state_dict()
     tensors: dict[str, torch.Tensor] = {}
@@ -223,11 +211,7 @@ def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def set_weights_(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Put back what ``trained_weights`` gave.
-
-    Raises:
-        UserError: the names or shapes are other ones.
-    """
+    """Put back what ``trained_weights`` gave; UserError if names or shapes are other ones."""
     own = trainable(model)
     if own.keys() != weights.keys() or any(own[n].shape != weights[n].shape for n in own):
         raise UserError(

@@ -1,9 +1,8 @@
 """Losses of learned tokens, a few at a time, so that their logits never exist all at once.
 
-Logits are by far the largest tensors of training: with a vocabulary of 49,152 those of 1,000 tokens
-take 200 MB, and a loss goes over tensors of that size seven times. Here the output embedding and
-the loss run on as many tokens as fit in the cache, forward and backward, and only the gradient of
-what enters the output embedding is kept.
+Those are by far the largest tensors of training. Here the output embedding and the loss run on as
+many tokens as fit in the cache, forward and backward, and only the gradient of what enters the
+output embedding is kept.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from llm_pruner.models.forward import own_forward
 from llm_pruner.recovery.objective import Objective, WithGradient
 from llm_pruner.recovery.packing import Batch, arguments_of, target_logits
 
@@ -118,10 +118,7 @@ class _Chunked(torch.autograd.Function):
 
 
 def logits_of(model: Any, batch: Batch) -> Callable[[slice], torch.Tensor]:
-    """Run a model, and return what gives float32 logits (n, vocabulary) of some learned tokens.
-
-    They are made when they are asked for, where `_before_head` finds what they are made of.
-    """
+    """Run a model, and return what makes float32 logits (n, vocabulary) of tokens when asked."""
     found = _before_head(model, batch)
     if found is None:
         logits, _ = target_logits(model, batch)
@@ -138,10 +135,7 @@ def _as_multiplied(head: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _frozen_in_half(head: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the weights that are not trained in autocast's type; none without autocast.
-
-    They are kept, as autocast would convert them again for each chunk.
-    """
+    """Return weights that are not trained in autocast's type, kept for all chunks; else none."""
     frozen = {name: one for name, one in head.named_parameters() if not one.requires_grad}
     device = next(head.parameters()).device.type
     if not frozen or not torch.is_autocast_enabled(device):
@@ -169,11 +163,10 @@ def _tokens_at_once(head: nn.Module, hidden: torch.Tensor, *, trained: bool) -> 
 
 
 def _before_head(model: Any, batch: Batch) -> tuple[nn.Module, torch.Tensor] | None:
-    """Run a model without its output embedding.
+    """Run a model without its output embedding; return that, and what enters it.
 
-    Returns:
-        The output embedding, and what enters it at the positions that predict learned tokens, of
-        shape (n, features); None if the logits are more than what it gives.
+    The latter is of shape (n, features), at the positions that predict learned tokens; None if the
+    logits are more than what it gives.
     """
     head = getattr(model, "module", model).get_output_embeddings()
     rows, length = batch.input_ids.shape
@@ -200,21 +193,16 @@ def _before_head(model: Any, batch: Batch) -> tuple[nn.Module, torch.Tensor] | N
         seen.append(_Reaching.apply(chosen, *weights))
         return seen[0]
 
-    whole = vars(head).get("forward")
     drawn = _random_state(head)
-    head.forward = stand_in
     try:
-        output = model(**arguments_of(model, batch))
+        with own_forward(head):
+            head.forward = stand_in
+            output = model(**arguments_of(model, batch))
         untouched = len(seen) == 1 and seen[0]._version == 0 and _is_same(output.logits, seen[0])
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, IndexError):
         untouched = False  # if this was not the reason, the whole model says so again
-    finally:
-        if whole is None:
-            del head.forward
-        else:
-            head.forward = whole
     if not untouched:
         _set_random_state(head, drawn)  # all of it runs again, and drops out what it would have
         if rows != length:

@@ -34,13 +34,7 @@ _FILES = ("ids.bin", "log_probabilities.bin", "done.bin")
 
 
 class DirectTeacher:
-    """A dense model that is asked at each step: KL(dense || model) over the whole vocabulary.
-
-    Its likeliest tokens alone, which a cache has room for, leave out how it weighs all the others.
-
-    Args:
-        model: the dense model; left in eval mode without gradients.
-    """
+    """A dense model that is asked at each step for KL(dense || model) over all tokens."""
 
     def __init__(self, model: Any) -> None:
         self._model = model.eval().requires_grad_(False)
@@ -78,18 +72,11 @@ class Teacher:
         identity: str,
         seq_len: int,
     ) -> None:
-        """Open or make the cache in a subfolder whose name depends on everything it holds.
+        """Open or make the cache in a subfolder of ``folder`` whose name tells everything in it.
 
-        Args:
-            model: the dense model; left in eval mode without gradients.
-            sequences: the samples that it is asked about.
-            settings: see there.
-            folder: where caches lie.
-            identity: fingerprint of the model.
-            seq_len: longest sample.
-
-        Raises:
-            UserError: the teacher's vocabulary has fewer tokens than the data uses.
+        The samples are ``sequences``, at most ``seq_len`` long; ``identity`` is the model's
+        fingerprint. Raises UserError if the teacher's vocabulary has fewer tokens than the data
+        uses.
         """
         self._model, self._sequences, self.settings = model.eval(), sequences, settings
         model.requires_grad_(False)
@@ -128,11 +115,7 @@ class Teacher:
         (self.folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
 
     def says(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return token ids, int64, and log probabilities, float32: (learned tokens of batch, k).
-
-        Raises:
-            UserError: the cache is damaged.
-        """
+        """Return token ids, int64, log probabilities, float32: (learned tokens, k)."""
         self.prepare([batch])
         rows = self._rows(batch)
         ids = self._ids[rows]

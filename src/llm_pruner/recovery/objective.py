@@ -28,10 +28,7 @@ _FLOOR = 1e-6
 def task_loss_and_gradient_(
     logits: torch.Tensor, tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sum over tokens of -log softmax(logits)[token], and its gradient.
-
-    The gradient, softmax(logits) - 1[token], takes the place of the logits (n, vocabulary).
-    """
+    """Return the sum of -log softmax(logits)[token], and its gradient in place of the logits."""
     own = logits.gather(1, tokens[:, None])
     log_total, gradient = _softmax_(logits)
     gradient.scatter_add_(1, tokens[:, None], torch.full_like(own, -1.0))

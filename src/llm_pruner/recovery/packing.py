@@ -174,9 +174,8 @@ def step_samples(count: int, batch_size: int, steps: int, seed: int) -> list[lis
 def target_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Run a model, which may be wrapped for several processes.
 
-    Returns:
-        The logits that predict the target tokens, float32 (n, vocabulary), and these tokens, (n,),
-        in the order of ``Batch.samples``.
+    Returns float32 logits (n, vocabulary) that predict the target tokens, and these tokens, (n,),
+    in the order of ``Batch.samples``.
     """
     logits = model(**arguments_of(model, batch)).logits[:, :-1]
     logits = logits[batch.learned[:, 1:].to(logits.device)].float()
@@ -238,10 +237,7 @@ def can_pack(model: Any, vocabulary: int) -> bool:
 
 
 def micro_tokens(model: Any, seq_len: int, in_chunks: bool = True) -> int:
-    """Return how many positions one forward pass may have: float32 logits of at most 256 MiB.
-
-    On a CPU 2,048, if logits are made a few at a time (``in_chunks``).
-    """
+    """Return the positions of a forward pass: 256 MiB of float32 logits; 2,048 ``in_chunks``."""
     if in_chunks and next(model.parameters()).device.type == "cpu":
         return max(seq_len, _POSITIONS)
     vocabulary = embedding_rows(model)

@@ -21,7 +21,7 @@ from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import new_folder
 from llm_pruner.files.outputs import free_bytes
-from llm_pruner.models.forward import embedding_rows
+from llm_pruner.models.forward import embedding_rows, own_forward
 from llm_pruner.models.layers import own_copy
 from llm_pruner.recovery import checkpoint as state
 from llm_pruner.recovery.callbacks import Guard, Progress, evaluation_interval
@@ -48,10 +48,6 @@ class Outcome:
         before: held-out score of the model that came in.
         after: held-out score of the model that was trained, merged, with its best weights as they
             will be saved; if none was better than what came in, the best score on the way.
-        run: the course of the run.
-        steps: steps that were done.
-        losses: training loss of each step.
-        trained: number of parameters that were trained.
         packed: whether samples were packed into rows; else they were padded in buckets.
     """
 
@@ -84,16 +80,12 @@ def recover_(
 ) -> tuple[Any, Outcome]:
     """Train ``model`` in place; return it with its best weights, merged, in eval mode.
 
-    A run that left a checkpoint in ``work`` is continued: with the same arguments it ends with
-    the weights of a run that was not interrupted. So is the order of the data, which depends on
-    ``settings.seed`` alone.
+    A run that left a checkpoint in ``work`` is continued: with the same arguments it ends with the
+    weights of a run that was not interrupted, with data in an order of ``settings.seed`` alone.
 
     Args:
         model: a causal language model of transformers.
-        train: samples to train on.
         held_out: samples that decide which weights are kept; none of them is trained on.
-        settings: see there.
-        work: folder for checkpoints.
         folder: gives a folder that appears under its name once it is complete; None: no
             checkpoints are written.
         teacher: mixes in what a dense model would say of ``train``.
@@ -110,8 +102,7 @@ def recover_(
         own: ``callbacks``, ``optimizers`` and others that transformers' Trainer takes.
 
     Raises:
-        UserError: the model has nothing that the method trains, a loss is not finite, or a
-            checkpoint does not fit.
+        UserError: nothing to train, a loss is not finite, or a checkpoint does not fit.
     """
     settings.check()
     if not train or not held_out:
@@ -186,7 +177,7 @@ def recover_(
 
         trainer.add_callback(Guard(trainer, scored_on_the_way, say))
         initial = state.trained_weights(trained)
-        with _own_forward(trained):
+        with own_forward(trained):
             _train(trainer, checkpoint)
         before = run.evaluations[0] if run.before is None else run.before
         best = initial if trainer.best_weights is None else trainer.best_weights
@@ -224,11 +215,7 @@ def recover_(
 
 
 def prepare_(model: Any, settings: TrainingSettings) -> Any:
-    """Prepare a model for ``settings.method``; see ``llm_pruner.recovery.methods``.
-
-    Raises:
-        UserError: it has nothing that the method trains.
-    """
+    """Prepare a model for ``settings.method``; UserError if it has nothing that that trains."""
     return entry("recovery/methods", settings.method).prepare_(model, settings)
 
 
@@ -291,11 +278,7 @@ def _empty_(model: Any, optimizer: Any) -> None:
 
 
 def _checkpoint_activations_(model: Any) -> None:
-    """Have the layers compute their activations again in the backward pass.
-
-    Raises:
-        UserError: the model cannot.
-    """
+    """Have layers compute activations again in the backward pass; UserError if they cannot."""
     options = {"use_reentrant": False}
     try:
         if hasattr(model, "activation_checkpointing_enable"):
@@ -345,25 +328,8 @@ def _same_config(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _own_forward(model: Any) -> Iterator[None]:
-    """Give a model its forward pass back; accelerate's multiplies in bfloat16 for good."""
-    own = vars(model).get("forward")
-    try:
-        yield
-    finally:
-        for name in ("forward", "_original_forward"):
-            vars(model).pop(name, None)
-        if own is not None:
-            model.forward = own
-
-
-@contextmanager
 def _own_random(device: torch.device | None) -> Iterator[None]:
-    """Give the caller's random generators back as they were; the Trainer seeds all of them.
-
-    Args:
-        device: the only one that this process touches; None if all are its own.
-    """
+    """Give random generators back as they were, of ``device`` or, with None, of all."""
     own, legacy = random.getstate(), np.random.get_state()
     if device is None:
         count = torch.cuda.device_count() if torch.cuda.is_initialized() else 0

@@ -47,14 +47,9 @@ def score(
     teacher: Guide | None = None,
     processes: Processes = ALONE,
 ) -> Evaluation:
-    """Return the score of a model in eval mode.
+    """Return the score of a model in eval mode, over the batches of all processes.
 
-    Each process scores its share of the batches, and all return the score over all of them.
-
-    Args:
-        batches: of ``sequences``, the held-out samples.
-        sources: number of different ``TrainingSequence.source``.
-        teacher: of these same samples.
+    The batches are of ``sequences``, held out of so many ``sources``, as is ``teacher``.
     """
     label = f"held-out text, {f'step {step}' if step else 'before training'}"
     sums = torch.zeros(sources, dtype=torch.float64, device="cpu")

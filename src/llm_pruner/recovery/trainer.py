@@ -67,11 +67,7 @@ class RunState:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> RunState:
-        """Read what ``asdict`` gave.
-
-        Raises:
-            UserError: it is something else.
-        """
+        """Read what ``asdict`` gave; UserError if it is something else."""
         try:
             return TypeAdapter(cls).validate_python(data)
         except ValidationError as error:
@@ -126,20 +122,14 @@ class RecoveryTrainer(Trainer):
     # Data and schedule.
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return the steps in their order; they were shuffled when they were made.
-
-        Each process gets every step whole and takes its share of it.
-        """
+        """Return the steps, in order and whole: each process takes its share of them."""
         steps: Any = self.train_dataset
         return DataLoader(steps, batch_size=1, collate_fn=_only)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
-        """Warm up, then fall to zero at the run's last step, which may come to be known later.
-
-        A schedule that the user named is the Trainer's.
-        """
+        """Warm up, then fall to zero at a last step that may yet move; or as the user named."""
         if "lr_scheduler_type" in trainer_arguments(self.settings):
             try:
                 return super().create_scheduler(num_training_steps, optimizer)
@@ -202,10 +192,7 @@ class RecoveryTrainer(Trainer):
         return summed_loss(model, batch, teacher.objective(batch) if teacher else by_text)
 
     def compute_loss_context_manager(self) -> Any:
-        """Return the precision of a step: accelerate's is that of the model's own forward alone.
-
-        The output embedding and the teacher run outside of it.
-        """
+        """Return a step's precision, output embedding and teacher included, unlike accelerate's."""
         return self.accelerator.autocast()
 
     def floating_point_ops(self, inputs: Any) -> int:  # noqa: ARG002
@@ -348,12 +335,7 @@ is in a form of its own."""
 
 
 def trainer_arguments(settings: TrainingSettings) -> dict[str, Any]:
-    """Return what ``--trainer`` gives: name -> value, read as YAML.
-
-    Raises:
-        UserError: a name is none of the Trainer's, does nothing here, or follows from another
-            option; a value is no number where one must be; or a package is missing.
-    """
+    """Return what ``--trainer`` gives: name -> value, read as YAML; UserError if it cannot."""
     types = get_type_hints(TrainingArguments) if settings.trainer else {}
     given: dict[str, Any] = {}
     known = [field.name for field in fields(TrainingArguments)]
@@ -410,14 +392,10 @@ def trainer_arguments(settings: TrainingSettings) -> dict[str, Any]:
 def training_arguments(
     settings: TrainingSettings, total: int, unused: str, work: Path, *, on_cpu: bool
 ) -> TrainingArguments:
-    """Return the Trainer's arguments for a run of ``total`` steps.
+    """Return the Trainer's arguments for a run of ``total`` steps; UserError if it takes one not.
 
-    Args:
-        unused: an empty folder; checkpoints are written by the trainer's own methods.
-        work: folder of the run; TensorBoard writes to ``runs`` and its name, where it runs.
-
-    Raises:
-        UserError: the Trainer does not take an argument.
+    ``unused`` is an empty folder, since checkpoints are written by the trainer's own methods;
+    TensorBoard writes to ``runs`` and the name of ``work``, where it runs.
     """
     output = unused if settings.report_to == "none" else str(Path("runs") / work.name)
     values = {

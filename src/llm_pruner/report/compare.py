@@ -48,7 +48,6 @@ class Compared(Evaluation):
 
     Attributes:
         source: name of the dense model.
-        variant: which model of its report it is.
         removed: share of the parameters that was removed, if known.
         units: what was removed, in words; None of the dense model.
         chosen_by: how units were chosen, in words; None of the dense model.
@@ -106,16 +105,10 @@ class Comparison(BaseModel):
 
 
 def compare_folders(named: Sequence[str]) -> Comparison:
-    """Return a comparison of checkpoints.
+    """Return a comparison of checkpoints, ``DIR`` or ``NAME=DIR``; UserError if one is none.
 
-    A folder that ``prune`` wrote brings its report. Of any other checkpoint the bytes are read from
-    the headers of its weights, and how it was pruned from ``plan.json``, if there is one.
-
-    Args:
-        named: folders, each as ``DIR`` or ``NAME=DIR``.
-
-    Raises:
-        UserError: one is no checkpoint, or two have the same name.
+    A folder that ``prune`` wrote brings its report. Of others the bytes are read from the headers
+    of weights, and how it was pruned from ``plan.json``, if there is one.
     """
     entries = [_entry(*_label(text)) for text in named]
     labels = [entry.label for entry in entries]
@@ -165,11 +158,7 @@ def _entry(label: str, folder: Path) -> Entry:
 
 
 def _parameters(folder: Path, stored: int) -> int:
-    """Return the parameters of a checkpoint, tied ones once; 0 if they are packed, and not known.
-
-    Files hold buffers, too, and of packed weights several in one number: what they have stored is
-    counted where the config alone builds no model.
-    """
+    """Return the parameters of a checkpoint, tied ones once; 0 of packed ones, not known."""
     config = json_object(folder / _CONFIG)
     how = config.get("quantization_config")
     ours = "pruned" in config or (isinstance(how, dict) and how.get("quant_method") == "llm_pruner")

@@ -74,7 +74,6 @@ class Source(_Part):
     Attributes:
         name: hub id, or name of the folder or file.
         hub_id: the same where the model came from the hub, else None.
-        revision: commit on the hub, if known.
         license: identifier of its licence as the hub spells it, if known.
         fingerprint: of shapes, config and weights, see ``models.load.fingerprint``, if known.
     """
@@ -129,10 +128,7 @@ class _Result(_Part):
 
 
 class Perplexity(_Result):
-    """Perplexity with its settings: what is shown of ``evaluation.perplexity.PerplexityResult``.
-
-    What reports of earlier versions do not say is None, which is like nothing that is known.
-    """
+    """What is shown of ``evaluation.perplexity.PerplexityResult``; None is like nothing known."""
 
     model_config = ConfigDict(extra="ignore")
     same: ClassVar = ("corpus", "split", "protocol", "window", "tokens", "dtype", "ids_digest")
@@ -365,10 +361,7 @@ class ControlRow(_Part):
 class ControlText(_Part):
     """The dense and the pruned model, each with and without the same training, on one text.
 
-    Attributes:
-        text: what was measured on.
-        damage: perplexity of pruned + training as a ratio to dense + training.
-        columns: headings of a table of the rows.
+    ``damage``: perplexity of pruned + training as a ratio to dense + training.
     """
 
     columns: ClassVar = ("model", "perplexity", "KL, nats", "changed")
@@ -409,8 +402,6 @@ class Report(_Part):
             `records.Pruned`.
         tokens: that the dense model and this one have; None where all stayed.
         settings: heading -> setting -> value.
-        versions: of the package, of libraries and of the machine.
-        command: the command line that does it again.
         card_digest: SHA-256 of the model card that was written with this report, by which a card
             that was edited since is told apart.
     """
@@ -471,11 +462,7 @@ class Report(_Part):
 
 
 def read_report(file: Path) -> Report:
-    """Return the report in a file.
-
-    Raises:
-        UserError: it cannot be read, or is no report of this version.
-    """
+    """Return the report in a file; UserError if there is none of this version."""
     try:
         data = read_json(file)
     except (OSError, ValueError) as error:

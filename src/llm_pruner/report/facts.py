@@ -92,10 +92,7 @@ def _bins(scores: FloatArray) -> tuple[float | None, ...]:
 
 
 def layers_of(rows: Sequence[Layer]) -> tuple[Layer, ...]:
-    """Return what is left of each layer as a part of a report.
-
-    Groups whose names differ by a number alone, such as those of experts, are added up.
-    """
+    """Return what is left of each layer; groups that differ by a number, as experts, are added."""
     layers = []
     for row in rows:
         sizes: dict[str, tuple[int, int]] = {}
@@ -156,12 +153,9 @@ def repair_of(done: Pruned) -> str | None:
 def settings_of(
     plan: Plan, model: Mapping[str, Any], after: Mapping[str, Any], text: str | None
 ) -> dict[str, dict[str, Any]]:
-    """Return all settings of a run by the headings of the help.
+    """Return all settings of a run, and how the model was loaded, by the headings of the help.
 
-    Args:
-        model: how it was loaded.
-        after: what decided about what was done after the cut, by the names of the options.
-        text: fingerprint of the calibration text; None without one.
+    ``after`` decided about what was done after the cut, by option; ``text`` is a fingerprint.
     """
     sections: dict[str, dict[str, Any]] = {"Model": {**plan.model.model_dump(), **model}}
     for name, value in {**plan.settings, **after}.items():
@@ -238,10 +232,7 @@ def evaluation_of(found: Measured | Abilities) -> data.Evaluation:
 
 
 def dense_evaluation(found: Measured, source: data.Source, size: Size | None) -> data.Evaluation:
-    """Return what was measured of the dense model, of this source and size, beside another one.
-
-    Folders of different models often have the same name.
-    """
+    """Return what was measured of the dense model (of this name, size, weights) beside another."""
     name = source.name
     if (
         size is None
@@ -369,14 +360,10 @@ def recovery_report(
     size: Size,
     command: str | None,
 ) -> data.Report:
-    """Return the report of a recovered model.
+    """Return the report of a recovered model, which carries on the ``earlier`` one.
 
-    Args:
-        earlier: of the model that came in, which is carried on. A recovery of a model that was
-            recovered before leaves it as it is, if it brought no gain.
-        source: of the model that came in; read where nothing is known of it.
-        pruned: the same: whether it was pruned.
-        size: of the model, which recovery leaves as it is.
+    That is left as it is if the model was recovered before and it brought no gain. ``source`` and
+    ``pruned`` say what it does not; ``size`` is the model's.
     """
     if earlier is None:
         came: data.Variant = "pruned" if pruned else "dense"

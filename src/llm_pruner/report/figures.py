@@ -27,10 +27,7 @@ _MOST_PANELS = 6
 
 
 def widths(layers: Sequence[Layer], units: Sequence[tuple[str, str]]) -> str:
-    """Draw the share of units that each decoder layer keeps; a removed layer keeps none.
-
-    Each of ``units``, the name in ``Layer.sizes`` and a heading, has a panel.
-    """
+    """Draw the share of each of ``units``, (name in ``Layer.sizes``, heading), that layers keep."""
     units = units[:_MOST_PANELS]
 
     def fill(figure: Figure, narrow: bool) -> None:
@@ -140,10 +137,8 @@ Series = Sequence[tuple[str, float, float | None]]
 
 
 def dots(name: str, title: str, rows: Sequence[tuple[str, Series]], *, share: bool) -> str:
-    """Draw values with error bars of one standard error, models beside each other.
-
-    A row is a label and one value per model. Values that are a ``share`` are shown in percent,
-    others on a logarithmic axis.
+    """Draw values with standard errors, models beside each other; a ``share`` in percent, else on a
+    logarithmic axis. A row is a label and one value per model.
     """
     scale = 100 if share else 1
 

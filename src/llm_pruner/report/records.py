@@ -125,7 +125,6 @@ class Measured:
     Attributes:
         parameters: all, tied ones once; ``parameters_embedding`` and ``parameters_blocks`` are
             those of the embeddings and of the decoder layers.
-        speed: tokens per second.
         samples: prompt -> what the model wrote after it.
         dense: the same tasks, skills and long answers of the dense model, if one was named.
         kept: accuracy above chance beside the dense model's.
@@ -301,7 +300,6 @@ class Compressed:
 
     Attributes:
         parameters: of the dense and of the compressed model.
-        ratio: share that was removed.
         recovery: held-out loss before and after, and how training went; None if nothing was
             trained.
         peak_bytes: most memory that one process held; 0 if not known.
@@ -330,8 +328,6 @@ class CurvePoint:
 
     Attributes:
         asked: share of all parameters that was to be removed.
-        removed: share that was.
-        parameters: that are left.
         plan: name of its file in the folder.
         measured: on the text of the curve, with the divergence from the dense model.
         perplexity_ratio: to the dense model's on the same windows.
@@ -383,13 +379,9 @@ class Curve:
 
     Attributes:
         parameters: of the dense model.
-        points: by the share that is removed, ascending.
         missed: share that was asked for -> why it has no point.
         smallest: the answer to ``--max-damage``; None if it was not asked.
-        preset: that says how the points are pruned.
-        calibration: what they are fitted to.
         seconds: by stage, all points together.
-        report: the page that shows all this; None if none was written.
     """
 
     model: str

@@ -29,10 +29,7 @@ _JOINERS = "\u200c\u200d"
 
 
 def clean(text: str, keep: str = "\n") -> str:
-    """Return text for a terminal: whatever does not print is replaced.
-
-    What is to be kept stays, such as the tabs of a program, and the joiners of many scripts.
-    """
+    """Return text for a terminal: what does not print is replaced, but for ``keep`` and joiners."""
     return "".join(
         c if c.isprintable() or c in keep or c in _JOINERS else "\N{REPLACEMENT CHARACTER}"
         for c in text
@@ -52,10 +49,7 @@ def home_pattern() -> str:
 
 
 def visible(text: object) -> str:
-    """Return text for a page or a file: controls and marks of direction are replaced.
-
-    Unlike ``clean`` it keeps tabs and uncommon spaces.
-    """
+    """Return text for a page or a file: controls, but tabs, and marks of direction are replaced."""
     return _STEERING.sub("\N{REPLACEMENT CHARACTER}", str(text))
 
 
@@ -83,10 +77,7 @@ def _mark(found: re.Match[str]) -> str:
 
 
 def breakable(text: object) -> Markup:
-    """Return text as HTML that may break after a slash, as in the id of a model, or a comma.
-
-    And before a bracket, but never within a number.
-    """
+    """Return text as HTML that may break after a slash or comma and before a bracket."""
     return Markup(_BREAKS.sub("<wbr>", escape(visible(text))))
 
 

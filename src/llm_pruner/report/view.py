@@ -66,10 +66,7 @@ class Table:
 
 
 def unit(name: str, report: Report | None = None) -> str:
-    """Return what the units of a group are called; names of modules stay as they are.
-
-    Where the model of a report has query heads that share key-value heads, heads are the latter.
-    """
+    """Return what units are called; ``heads`` are key-value heads where query heads share them."""
     if name == "heads" and report is not None:
         shared = any("query_heads" in layer.sizes for layer in report.layers)
         return "key-value heads" if shared else "heads"
@@ -236,10 +233,7 @@ def _row(label: str, values: Sequence[float | None], form: Callable[[float], str
 
 
 def aligned(evaluations: Mapping[_K, Evaluation], part: str) -> list[dict[_K, Any]]:
-    """Return what may be compared: for each thing measured, whose result -> result.
-
-    The part of an evaluation is ``perplexity``, ``tasks`` or ``measurements``.
-    """
+    """Return what may be compared: for each thing measured in a part, whose result -> result."""
     found: dict[Any, dict[_K, Any]] = {}
     for whose, evaluation in evaluations.items():
         for result in getattr(evaluation, part):
@@ -288,11 +282,7 @@ def task_table(report: Report) -> Table | None:
 
 
 def _counted(evaluations: Mapping[_K, Evaluation]) -> list[dict[_K, Any]]:
-    """Return the scores that the mean takes, one for each task.
-
-    Of a task that was measured in several ways, such as on fewer items, the one that most models
-    have, and of these the latest.
-    """
+    """Return each task's score in the mean: that of the way that most models have, the latest."""
     found: dict[str, dict[_K, Any]] = {}
     for by in aligned(evaluations, "tasks"):
         task = first(by).task
@@ -325,10 +315,7 @@ def measurements(report: Report) -> Table | None:
 
 
 def command(report: Report) -> str:
-    """Return the command that makes the model, with files and folders by their names alone.
-
-    A model card is published, and where something lies is nobody's business.
-    """
+    """Return the command that makes the model, with files by name alone, as cards are published."""
     said = report.command or ""
     try:
         words = shlex.split(said)

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import expanded, held
+from llm_pruner.files.disk import expanded, locked
 from llm_pruner.files.outputs import rewrite
 from llm_pruner.report import data, figures, view
 from llm_pruner.report.facts import against, dense_evaluation, evaluation_of
@@ -34,11 +34,7 @@ def write_report(folder: Path, make: Callable[[], data.Report]) -> None:
 
 
 def write_drawn(folder: Path, draw: Callable[[], dict[str, str]], rest: str) -> None:
-    """Write files into a folder that are drawn: name -> content.
-
-    A drawing that fails costs the report, never the ``rest``, which may be hours of work: what went
-    wrong becomes a warning.
-    """
+    """Write drawn files, name -> content, into a folder; a failure warns, and keeps ``rest``."""
     try:
         written = draw()
     except Exception as error:  # whatever a drawing library may raise
@@ -53,12 +49,10 @@ def write_drawn(folder: Path, draw: Callable[[], dict[str, str]], rest: str) -> 
 def add_evaluation(folder: Path, found: Measured, model: str) -> None:
     """Add what was measured of one model to the report of a folder, and draw it anew.
 
-    A model card that was edited since it was written stays as it is.
-
-    Raises:
-        UserError: the folder has no report that can be read, or it is not of the ``model`` named.
+    A model card that was edited stays. Raises UserError if there is no report of ``model``.
     """
-    with held(folder):  # of two that end at once, the second adds to what the first wrote
+    # Of two that end at once, the second adds to what the first wrote.
+    with locked(folder.resolve(), wait=True):
         _add_evaluation(folder, found, model)
 
 
@@ -113,10 +107,7 @@ def page_in(folder: Path) -> Path | None:
 
 
 def _variant_of(folder: Path, report: data.Report, model: str, found: Measured) -> data.Variant:
-    """Return which model of the report was measured; raise UserError if it is none of them.
-
-    The dense one may lie elsewhere under another name: it is taken for that, with a warning.
-    """
+    """Return which model of the report was measured; UserError if none, a warning if by name."""
     if expanded(model).exists() and expanded(model).resolve() == folder.resolve():
         return report.final
     dense = report.sizes.get("dense")

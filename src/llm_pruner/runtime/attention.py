@@ -68,7 +68,6 @@ class Tile:
     """Some queries of all rows, and the keys that one of them sees.
 
     Attributes:
-        queries: their places.
         keys: from the first that one of them sees to the last.
         unseen: True where a query does not see a key, (rows, queries, keys); None where each sees
             all up to its own place.
@@ -297,10 +296,7 @@ class _Tiled(torch.autograd.Function):
 def _shares(
     queries: torch.Tensor, keys: torch.Tensor, scale: float, unseen: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return how much of each value a query takes, (n, g * queries, keys).
-
-    The queries (n, g, queries, d) are of the last places that keys (n, keys, d) are of.
-    """
+    """Return how much of each value a query takes, (n, g * queries, keys), of the last places."""
     count = queries.shape[2]
     scores = _times(queries.flatten(1, 2), keys.transpose(1, 2), scale)
     if unseen is None:

@@ -99,8 +99,8 @@ def torch_functions() -> Iterator[None]:
 def mixed_precision(model: nn.Module) -> Iterator[None]:
     """Inside, modules multiply in bfloat16 on a processor that has instructions for it.
 
-    Unless ``model`` is in float16: a float16 and a bfloat16 tensor make a float32 one, and hidden
-    states would change their type from block to block.
+    Unless ``model`` is in float16 or float64: such a tensor and a bfloat16 one make a third type or
+    the wider one, and hidden states would change their type from block to block.
 
     A linear module takes a float32 input and gives a bfloat16 output, as in mixed-precision
     training; sums over tokens that are taken in place stay float32. Elsewhere nothing changes.
@@ -108,8 +108,9 @@ def mixed_precision(model: nn.Module) -> Iterator[None]:
     Attention is computed sample by sample: PyTorch's own kernel on such a processor hands its
     bfloat16 products to float32 kernels, unless it has tiles, and takes twice as long.
     """
-    half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
-    if half or not multiplies_bfloat16():
+    others = (torch.float16, torch.float64)
+    own = any(parameter.dtype in others for parameter in model.parameters())
+    if own or not multiplies_bfloat16():
         yield
         return
     with torch.autocast("cpu", torch.bfloat16), by_sample():

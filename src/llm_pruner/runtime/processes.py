@@ -52,10 +52,7 @@ class Processes:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T | None]:
-        """Return the items that are this process's to do, at least one; None: one for nothing.
-
-        Processes that hold parts of each weight run the model equally often.
-        """
+        """Return what is this process's to do; None, for nothing, where all must run the model."""
         own: list[T | None] = list(items[self.rank :: self.count])
         least = -(-len(items) // self.count) if self.sharded else 1
         return own + [None] * (least - len(own))
@@ -94,10 +91,7 @@ class Processes:
     def hand_in(self, owner: int, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return, in the first process, tensors that ``owner`` has made; in the others nothing.
 
-        Each must have some of the same shapes and types, whatever is in them.
-
-        Raises:
-            UserError: the owner could not make them, and says why.
+        Each must have some of the same shapes and types. UserError says why the owner could not.
         """
         if owner == 0:
             return [*tensors] if self.is_first else []
@@ -136,10 +130,7 @@ class Processes:
 
     @contextmanager
     def first(self) -> Iterator[None]:
-        """Have the first process run the block before the others do.
-
-        If it fails there, the others run into the same and end alike.
-        """
+        """Have the first process run the block before the others; they fail alike."""
         if not self.is_first:
             self.barrier()
         try:
@@ -166,10 +157,7 @@ def only_one(command: str) -> None:
 
 
 def new_python(code: str) -> list[str]:
-    """Return the command that runs code in another Python, which imports what this one does.
-
-    By itself it looks for modules in the current folder first, where anything may lie.
-    """
+    """Return the command that runs code in a Python with our modules, not the folder's."""
     return [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!a}\n{code}"]
 
 
@@ -184,12 +172,9 @@ def started() -> int:
 
 
 def own_device(device: str) -> str:
-    """Return the device of this process: of several, each has the GPU of its own number.
+    """Return the device of this process, of several the GPU of its number; UserError if none.
 
     Where each is to hold a part of every weight, the model begins on the CPU.
-
-    Raises:
-        UserError: there is no such device, or it is one for all.
     """
     if started() == 1:
         return device
@@ -213,14 +198,9 @@ def own_device(device: str) -> str:
 
 @contextmanager
 def joined(device: str) -> Iterator[Processes]:
-    """Join the processes that torchrun or accelerate started; part when the block ends well.
+    """Join the processes that a launcher started, on ``device``; part when the block ends well.
 
-    Args:
-        device: this process's, as from ``own_device``.
-
-    Raises:
-        UserError: they were started for what recovery does not do, or by something that did not
-            say where they meet.
+    Raises UserError if they were started for something else, or do not know where to meet.
     """
     for variable, kind in _REFUSED.items():
         if _asked(variable):

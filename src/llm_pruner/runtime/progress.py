@@ -41,10 +41,7 @@ class _RateColumn(ProgressColumn):
 def track(
     items: Iterable[T], description: str, total: int | None = None
 ) -> Generator[T, None, None]:
-    """Yield ``items`` while a bar shows how many are done, the rate and the time left.
-
-    Of several processes, the first one shows it.
-    """
+    """Yield ``items`` while the first process's bar shows how many are done, and the time left."""
     if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         yield from items
         return
@@ -103,9 +100,6 @@ def quiet(
 
 @contextmanager
 def quiet_bars(*loggers: str) -> Iterator[None]:
-    """Hold back warnings and notes, and bars unless stderr is a terminal.
-
-    Some bars have no switch, so they write to nowhere.
-    """
+    """Hold back warnings, notes, and bars, even those without a switch, unless on a terminal."""
     with quiet(*loggers, stderr=not sys.stderr.isatty()):
         yield

@@ -39,10 +39,7 @@ def exit_code() -> int:
 
 
 def only_broken_off() -> bool:
-    """Whether what was heard is Ctrl-C, which is forgotten then: the process goes on.
-
-    False for what ends it from outside.
-    """
+    """Whether what was heard is Ctrl-C, which is forgotten then, and not the end from outside."""
     global _heard
     if _heard in _ENDING:
         return False
@@ -102,11 +99,7 @@ def deaf_at_the_end() -> None:
 
 
 def end_with_parent(parent: int) -> None:
-    """Have the system kill this process when its parent ends; only Linux can.
-
-    Args:
-        parent: the id of the process that started this one.
-    """
+    """Have the system kill this process when its ``parent``, an id, ends; only Linux can."""
     if not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

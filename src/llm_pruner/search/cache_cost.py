@@ -30,11 +30,7 @@ def cache_cost(
 ) -> Cost:
     """Return the cost of the units that the selection may remove, in bytes of cache per token.
 
-    Args:
-        dense: bytes of the dense model; None if this is it.
-
-    Raises:
-        UserError: the model keeps no cache that grows, or a structure does not change it.
+    ``dense``: bytes of the dense model; None if this is it. Raises UserError if nothing changes.
     """
     total = _bytes(model)
     if total == 0:

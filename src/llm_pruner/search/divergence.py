@@ -33,10 +33,7 @@ _ROWS = 64
 def divergences(
     dense: nn.Module, networks: Sequence[nn.Module], held_out: torch.Tensor
 ) -> list[float]:
-    """Return for each network the mean over tokens of KL(dense || network) in nats.
-
-    The logits of one part at a time are held; of all, if each pass has to read the weights.
-    """
+    """Return each network's mean KL(dense || network) in nats, by parts if weights stay."""
     totals = [0.0] * len(networks)
     for ids in (held_out,) if is_model_streamed(dense) else in_parts(held_out):
         meter = DivergenceMeter(dense, ids)
@@ -51,12 +48,7 @@ def in_parts(held_out: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 class DivergenceMeter:
-    """Measures the divergence of models from a dense one.
-
-    Args:
-        model: the dense model; left as it was.
-        held_out: token ids, shape (samples, seq_len), on which the logits are compared.
-    """
+    """Measures how far models diverge from a dense one on ``held_out``, (samples, seq_len)."""
 
     def __init__(self, model: nn.Module, held_out: torch.Tensor) -> None:
         self._ids = held_out.to(next(model.parameters()).device, torch.long)
@@ -91,10 +83,7 @@ class DivergenceMeter:
 
 @torch.no_grad()
 def _log_probabilities(ids: torch.Tensor, model: nn.Module) -> torch.Tensor:
-    """Return those of a part, shape (tokens, vocabulary), on the CPU.
-
-    They are float16, half the memory of float32; what is lost is far below any damage of interest.
-    """
+    """Return those of a part, (tokens, vocabulary), on the CPU, float16, which loses little."""
     logits = run_for_logits(model, ids).flatten(0, 1)
     found = torch.empty(logits.shape, dtype=torch.float16, device="cpu")
     for rows, values in zip(found.split(_ROWS), logits.split(_ROWS), strict=True):

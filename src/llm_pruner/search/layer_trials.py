@@ -1,19 +1,14 @@
 """What each layer costs, by trial: one layer at a time goes without its least important units.
 
-Scores say well which units of a layer are the least important, and less well what a layer loses
-with many of them: they are estimates for one unit alone, at the dense model, and are added up as if
-units erred apart from each other. So they take too much of late layers and too little of middle
-ones, if what is removed from each of them alone is measured.
+Scores say well which units of a layer matter least, and less well what it loses with many of them.
+So every group goes without a few shares of its units, alone and without a refit, and the divergence
+from the dense model on held-out text is measured; between these points the damage is taken to bend
+upwards, and a ranking over all layers removes where its slope is least. ``docs/how-it-works.md``
+says more ("Splitting it between layers").
 
-So every group that may lose units goes without a few shares of them, alone and without a refit, and
-the divergence from the dense model on held-out text is measured. Between these points the damage is
-taken to bend upwards, as it does; its slope is what a unit costs, in the order of the scores. A
-ranking over all layers then removes where the measured slope is least.
-
-Units are taken away by zeros in what the linear modules read that consume them, which gives the
-output of the model without them, so all trials are runs of the dense model; read block by block,
-they go in step, and its weights are read once for many of them. That budgets are searched by the
-divergence of logits is from Týr-the-Pruner (NeurIPS 2025), which tries whole models, refitted.
+Units are taken away by zeros in what reads them, so all trials are runs of the dense model; read
+block by block, they go in step. That budgets are searched by the divergence of logits is from
+Týr-the-Pruner (NeurIPS 2025), which tries whole models, refitted.
 """
 
 from __future__ import annotations
@@ -158,14 +153,9 @@ def measure_layers(
 
 def judged(held_out: torch.Tensor, parameters: int) -> torch.Tensor:
     """Return what the trials of a model of this size are judged on, of (samples, seq_len)."""
-    tokens = judging_tokens(parameters)
+    tokens = min(TOKENS, max(FEWEST, WORK // parameters))
     length = min(held_out.shape[1], max(_LENGTH, tokens // len(held_out)))
     return held_out[:: -(-len(held_out) * length // tokens), :length]
-
-
-def judging_tokens(parameters: int) -> int:
-    """Return how many tokens the trials of a model of this size are judged on, at most."""
-    return min(TOKENS, max(FEWEST, WORK // parameters))
 
 
 def _competing(candidates: AllCandidates, selection: Selection) -> list[Candidates]:
@@ -183,10 +173,7 @@ def _is_linear(model: nn.Module, group: Group) -> bool:
 
 
 class _Tails:
-    """Runs of a model in memory from a block on, since all before it is as in the dense one.
-
-    Of a model that is no chain of blocks, or whose weights are read for each run, all of it runs.
-    """
+    """Runs of a model from a block on, since all before is as dense; all, if no chain in memory."""
 
     def __init__(self, model: nn.Module, samples: torch.Tensor) -> None:
         self._chain: Chain | None = None
@@ -283,10 +270,9 @@ def by_damage(
     numbering: Numbering,
     damage: Mapping[str, Damage],
 ) -> Scores:
-    """Return scores whose sums are the measured damage, in the order of the given ones.
+    """Return scores in the same order whose sums are the measured damage; infinite ones stay.
 
-    Infinite ones stay, and all are as they are where a structure was not measured whose units
-    compete with those that were.
+    So do all of a structure that was not measured, and of those that compete with it.
     """
     candidates = find_candidates(discovery, scores, selection, numbering)
     compete = _competing(candidates, selection)

@@ -1,13 +1,9 @@
 """Trial removals: find by measured damage how a budget is split between structures.
 
-Scores of different structures are on no common scale, and how much worse a model gets by losing
-heads instead of FFN channels differs from model to model. So candidate splits are carried out on a
-copy that shares the weights, and the one with the least divergence from the dense model on held-out
-calibration text is taken.
-
-What a refit repairs differs from structure to structure, too: so where one follows, the split that
-was found and the best structure alone are both refitted on a part of the text and judged again. The
-structure alone stays unless the split does clearly better.
+Scores of different structures are on no common scale. So candidate splits are carried out on a copy
+that shares the weights, and the one with the least divergence from the dense model on held-out text
+is taken. Where a refit follows, which repairs some better, that split and the best structure alone
+are both refitted and judged again; the latter stays unless the split does clearly better.
 """
 
 from __future__ import annotations
@@ -158,10 +154,7 @@ def refit_samples(parameters: int, seq_len: int) -> int:
 
 
 def hold_out(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return samples for trials and the rest: an eighth of all, at most ``TOKENS`` tokens.
-
-    They are the last ones, because packed samples share documents with their neighbours.
-    """
+    """Return the last eighth of samples, at most ``TOKENS``, for trials, and the rest."""
     count = max(1, min(len(tokens) // 8, TOKENS // tokens.shape[1]))
     if len(tokens) < 2:
         raise UserError(

@@ -103,17 +103,12 @@ class MemorySettings(Settings):
     memory: Room = room_for_weights(shown="two fifths of what is free")
 
     def room(self, device: str) -> int:
-        """Return the bytes that the weights may take on a device.
-
-        By default so few that what a cut and a refit make of them fits in beside them.
-        """
+        """Return bytes for the weights, by default so few that a cut and a refit fit beside."""
         return free_bytes(device) * 2 // 5 if isinstance(self.memory, str) else self.memory
 
     def resident(self, room: int, device: str) -> int:
-        """Return the bytes of weights, of ``room``, up to which they stay in memory.
-
-        By default so few that larger ones are read block by block though they fit, on a processor:
-        that takes a fraction of the memory, and no longer.
+        """Return the bytes of ``room`` up to which weights stay in memory, by default few on a
+        processor: reading them by blocks takes a fraction of the memory, and no longer.
         """
         by_choice = isinstance(self.memory, str) and not on_gpu(device)
         return room // SHARE_RESIDENT if by_choice else room
@@ -211,11 +206,7 @@ class TaskSettings(Settings):
     )
 
     def check_tasks(self, *, limited: bool = False) -> None:
-        """Raise UserError for what is said about tasks where none are named.
-
-        Args:
-            limited: something else is asked for that a limit is about.
-        """
+        """Raise UserError for words about tasks where none are named, nor else ``limited``."""
         for name in ("tasks_data",) if limited else ("tasks_data", "limit"):
             given = getattr(self, name)
             if given is not None and self.tasks is None:

@@ -182,6 +182,12 @@ class EvaluateSettings(
         for names, holds, words in (
             (windows, self.perplexity, "perplexity; add --perplexity SRC"),
             (("new_tokens", "chat"), self.prompt, "prompts; add --prompt TEXT"),
+            (("batch_size",), compared, "what is measured on text; add --perplexity SRC"),
+            (
+                ("cache",),
+                self.tasks is not None or self.skills or self.health,
+                "tasks and answers; add --tasks NAMES, --skills NAMES or --health",
+            ),
         ):
             for name in filter(self.given.__contains__, () if holds else names):
                 raise UserError(f"{option_name(name)} is about {words} or leave it out")
@@ -261,6 +267,12 @@ class BenchSettings(ModelSettings):
             about = "models in this process, and --server starts others; leave one of them out"
         for name in filter(self.given.__contains__, names):
             raise UserError(f"{option_name(name)} is about {about}")
+        timing = ("compile", "repeats", "batch_size", "prompt_tokens", "new_tokens")
+        for name in filter(self.given.__contains__, timing if self.counts_only else ()):
+            raise UserError(
+                f"{option_name(name)} is about what is timed, and --counts-only times nothing; "
+                "leave one of them out"
+            )
         if self.server and self.new_tokens < 2:
             raise UserError(
                 f"--new-tokens {self.new_tokens} leaves nothing to time after the first token; use "

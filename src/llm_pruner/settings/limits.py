@@ -20,12 +20,7 @@ MOST_MINUTES = 366 * 24 * 60.0
 
 
 def check_number(name: str, value: float | None, least: float, most: float) -> None:
-    """Raise UserError unless a number is given and within bounds, both included; None is not given.
-
-    Args:
-        name: of the option or argument, as it stands in the message.
-        value: may be infinite or NaN, which is within no bounds.
-    """
+    """Raise UserError unless a number, ``name``, is None or within bounds, both included."""
     if value is not None and not least <= value <= most:
         raise UserError(
             f"{name} {_shown(value)} is outside {_shown(least)} to {_shown(most)}; "
@@ -44,11 +39,9 @@ def within(least: float, most: float, name: str = "{option}") -> AfterValidator:
 
 
 def must(holds: Callable[[Any], bool], words: str) -> AfterValidator:
-    """Return a validator of a field that raises UserError with these words for other values.
+    """Return a validator of a field that raises UserError with these words unless it ``holds``.
 
-    Args:
-        holds: tells whether a value can be.
-        words: with ``{option}``, ``{name}`` and ``{value}`` for those of the field.
+    ``words`` have ``{option}``, ``{name}`` and ``{value}`` for those of the field.
     """
 
     def checked(value: Any, info: ValidationInfo) -> Any:
@@ -64,10 +57,7 @@ def check_installed(
 ) -> None:
     """Raise UserError unless one of these packages is installed, or none is needed.
 
-    Args:
-        who: what needs it.
-        instead: what else can be done.
-        least: version of the first package that is new enough.
+    ``who`` needs it, or does ``instead``; ``least``: version of the first that is new enough.
     """
     if packages and not any(map(find_spec, packages)):
         raise UserError(

@@ -65,13 +65,9 @@ class Option:
 
 
 def option(default: Any, words: str, metavar: str | None = None, **how: Any) -> Any:
-    """Declare an option: a field with its default, its line of help and how it is shown.
+    """Declare an option: a field with its default, ``...`` for none, and words of its help.
 
-    Args:
-        default: ``...`` where one must be given.
-        words: what it does, in the help.
-        metavar: see `Option`.
-        how: the other attributes of `Option`.
+    ``metavar`` and ``how`` are attributes of `Option`.
     """
     shown: Any = {"option": Option(metavar, **how)}
     return Field(default, description=words, json_schema_extra=shown)
@@ -149,11 +145,7 @@ class Settings(BaseModel):
 
     @classmethod
     def read(cls: type[_S], given: Mapping[str, Any], config: Path | None = None) -> _S:
-        """Return the settings of a command: those given as options win over those in a YAML file.
-
-        Raises:
-            UserError: the file cannot be read, or a value cannot be.
-        """
+        """Return a command's settings; options win over a YAML file. UserError if one is wrong."""
         filed = {} if config is None else read_yaml(config, f"--config {config}", cls)
         gone = cls.replaced(given, filed)
         return cls(**{**{name: of for name, of in filed.items() if name not in gone}, **given})
@@ -239,11 +231,7 @@ def near(name: str, known: Any) -> str:
 
 
 def read_yaml(file: Path, what: str, kind: type[Settings]) -> dict[str, Any]:
-    """Return the settings in a YAML file.
-
-    Raises:
-        UserError: it cannot be read, is not YAML, or names what is no field of ``kind``.
-    """
+    """Return the settings in a YAML file; UserError for what is no field of ``kind``."""
     try:
         text = expanded(file).read_text(encoding="utf-8")
         data, written = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)

@@ -47,10 +47,7 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_layer_ranges(text: str) -> dict[str, tuple[int, int]]:
-    """Return structure -> (first, last) of ``"heads=4-26,ffn=4-26"``, both ends included.
-
-    Raises UserError for what is malformed, unknown or repeated, or runs backwards.
-    """
+    """Return structure -> (first, last), both in, of ``"heads=4-26,ffn=4-26"``, or UserError."""
     ranges: dict[str, tuple[int, int]] = {}
     value = r"(\d+)(?:\s*-\s*(\d+))?"
     for name, match in _by_structure(text, value, "layer range", "heads=4-26,ffn=4-26"):
@@ -78,14 +75,9 @@ def parse_shares(text: str) -> tuple[float, ...]:
 
 
 def parse_damage(text: str) -> tuple[Literal["perplexity", "kl"], float]:
-    """Return what is bounded, and by how much.
+    """Return what is bounded, and by how much; UserError if nothing can be.
 
-    Args:
-        text: ``"1.2x"`` for the dense model's perplexity times 1.2, ``"0.3"`` for a KL divergence
-            in nats.
-
-    Raises:
-        UserError: it is neither, or leaves no room for any damage.
+    ``"1.2x"`` is the dense model's perplexity times 1.2, ``"0.3"`` a KL divergence in nats.
     """
     number = text.strip().removesuffix("x")
     ratio = number != text.strip()

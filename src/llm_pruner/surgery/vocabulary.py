@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llm_pruner.errors import UserError
+from llm_pruner.files.disk import short_digest
 from llm_pruner.models.forward import embedding_rows
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import LoadedModel
@@ -85,7 +85,7 @@ def with_tokens_of(dense: LoadedModel, student: LoadedModel) -> LoadedModel:
     cut_vocabulary_(model, kept)
     name = f"{dense.name}, {len(kept):,} of its tokens"
     # What it writes and says is kept by this, and is told in numbers of these tokens.
-    own = hashlib.sha256(dense.fingerprint.encode() + kept.tobytes()).hexdigest()[:16]
+    own = short_digest(dense.fingerprint, kept.tobytes())
     model = model.eval()
     return replace(dense, model=model, tokenizer=student.tokenizer, name=name, fingerprint=own)
 

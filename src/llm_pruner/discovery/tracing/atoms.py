@@ -5,15 +5,10 @@ position, padded with 0. A position survives if none of its atoms is deleted; a 
 never deleted (frozen). Unifying two axes states that position i of one is deleted exactly when
 position i of the other is. All of it is arrays and union-find; nothing loops over channels.
 
-The forms a unification takes, row by row, after common atoms are dropped:
-
-* one atom ~ one atom: the two become one class;
-* one atom ~ several: the one is *substituted* by the set, so a projection's row becomes
-  {head, channel} when the projection is viewed as (heads, channels);
-* several ~ as many: paired column by column, by equal partition of the rows first;
-* none ~ some: those are frozen, since the other side cannot follow.
-
-Each form is sound: whatever is deleted afterwards, both sides agree. Only freedom is lost.
+Row by row, after common atoms are dropped: one atom and one become one class; one is *substituted*
+by several (a projection's row becomes {head, channel}); several and as many are paired column by
+column; and what meets no atom is frozen. Whatever is deleted afterwards, both sides agree. Only
+freedom is lost.
 """
 
 from __future__ import annotations

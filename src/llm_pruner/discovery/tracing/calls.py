@@ -81,10 +81,7 @@ class Layers:
         ]
 
     def _enter(self, parent: str, index: str, _: nn.Module, args: Any, kwargs: Any) -> None:
-        """Note whether a child is given what the one before it returned, and nothing added to it.
-
-        A caller that adds the input itself would add it twice once the child is gone.
-        """
+        """Note whether a child is given what the one before it returned, and nothing added."""
         source = hidden_in(args, kwargs)
         before, version = self._last.get(parent, (None, 0))
         first = self._first.setdefault(parent, index) == index
@@ -242,10 +239,7 @@ class Siblings:
             self._where.setdefault(module, code_line(passing_calls=True))
 
     def run_rest(self, tracer: Tracer) -> None:
-        """Run each child that was not called on what its first equal sibling was given.
-
-        Whatever calls it would treat both alike, so the results are taken to shrink together.
-        """
+        """Run each child that was not called on what its first equal sibling was given."""
         for parent in self._parents:
             called = [child for child in parent.children() if child in self._calls]
             for child in [child for child in parent.children() if child not in self._calls]:

@@ -154,11 +154,8 @@ _SIZED: dict[str, tuple[tuple[str, ...], Callable[..., None]]] = {}
 def sized(*names: str, takes: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Say what records which axes are sized by the arguments of functions of these names.
 
-    Args:
-        takes: the names of their arguments in order; ``*name`` for any number of them.
-
-    Returns:
-        A decorator of record(tracer, result, arguments by name), which asks for some of them.
+    ``takes`` are the names of their arguments in order, ``*name`` for any number of them; the
+    record is called with (tracer, result, arguments by name), and may ask for some of them.
     """
 
     def add(record: Callable[..., None]) -> Callable[..., None]:
@@ -445,13 +442,9 @@ _WHY_FIXED = {
 
 
 def require_sight(tracer: Tracer, what: str = "resized") -> None:
-    """Refuse a change of sizes inside a function whose arithmetic is not watched.
+    """Raise UnplacedError in a function whose arithmetic is not watched, in C++ or inside PyTorch.
 
-    A function that is written in C++, or in Python inside PyTorch, may compute sizes from plain
-    numbers (``tensor_split``, ``multi_head_attention_forward``); those would not follow a removal.
-
-    Raises:
-        UnplacedError: always in such a function.
+    It may compute sizes from plain numbers (``tensor_split``), which would not follow a removal.
     """
     if tracer.function not in SHAPED_IN_SIGHT:
         reason = f"{what} inside {tracer.function or 'compiled code'}"

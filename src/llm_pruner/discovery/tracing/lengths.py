@@ -99,12 +99,8 @@ class SizeSystem:
     def attributes(self, deleted: Deleted, touched: set[int]) -> dict[Attribute, int]:
         """Return the attributes that change, with their new values.
 
-        Args:
-            deleted: by atom.
-            touched: numbers of the equations and comparisons that are to hold.
-
-        Raises:
-            InfeasibleError: the model's code cannot express the sizes that are left.
+        ``deleted`` is by atom; ``touched`` numbers the equations and comparisons that are to hold.
+        Raises InfeasibleError if the model's code cannot express the sizes that are left.
         """
         deleted = self.with_replicas(deleted)
         left = {}
@@ -164,12 +160,8 @@ class SizeSystem:
     def constraints(self, group_of: IntArray, group_sizes: Sequence[int]) -> list[tuple[Form, str]]:
         """Return linear equations between the groups' removed counts: sum of form = 0.
 
-        Only axes whose positions hold at most one atom give one; products of axes follow from their
-        factors and are checked exactly when a removal is made.
-
-        Args:
-            group_of: group number of every atom, -1 for none.
-            group_sizes: number of units of every group.
+        ``group_of``: group number of every atom, -1 for none; ``group_sizes`` in units. Products of
+        axes give none: they follow from their factors and are checked when a removal is made.
         """
         forms = self._forms(group_of, group_sizes)
         by_attribute: dict[Expr, list[tuple[Form, str]]] = defaultdict(list)

@@ -36,10 +36,7 @@ WEIGHTS = ("parametrizations.weight.original1", "weight_v", "weight")
 
 
 def descriptions(module: nn.Module) -> tuple[tuple[str, int], ...]:
-    """Return (attribute, axis of the weight) of the sizes that a standard module states of itself.
-
-    Its own code does not read them.
-    """
+    """Return (attribute, axis of the weight) of the sizes that a standard module only states."""
     names = {cls.__name__ for cls in type(module).__mro__}
     return tuple(pair for kind, pairs in _DESCRIPTIVE.items() if kind in names for pair in pairs)
 
@@ -74,10 +71,7 @@ def trace_attributes_(model: nn.Module, on_value: Callable[[Expr], None]) -> dic
 
 
 def spaces_of(model: nn.Module) -> list[dict[str, Any]]:
-    """Return where the modules of a model hold what they have.
-
-    Those of TorchScript have other places too, in which nothing can be changed.
-    """
+    """Return where modules hold what they have; in TorchScript's places nothing can change."""
     return [
         space
         for module in model.modules()
@@ -172,10 +166,7 @@ def without_memory() -> Iterator[None]:
 
 
 class _Memoised:
-    """Finds memoised functions of models and libraries, before and after each trace.
-
-    Modules are looked through when one has come, gone or grown since the last time.
-    """
+    """Finds memoised functions, in modules that have come or grown since the last trace."""
 
     def __init__(self) -> None:
         self._all: list[ModuleType] = []

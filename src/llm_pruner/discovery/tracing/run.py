@@ -52,10 +52,7 @@ LARGE = 50_000_000
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
-    """Yield (name, tensor, whether it is a buffer) for parameters, buffers and plain attributes.
-
-    Tied parameters come once for each of their names.
-    """
+    """Yield (name, tensor, is a buffer) of parameters, buffers, plain attributes, by each name."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
         yield name, parameter, False
     for name, buffer in model.named_buffers(remove_duplicate=False):
@@ -86,14 +83,7 @@ def changed_since(model: nn.Module, discovery: Discovery) -> str:
 def vocabulary_size(
     model: nn.Module, forward: Callable[[nn.Module, torch.Tensor], Any] | None = None
 ) -> int:
-    """Return how many token ids the model takes.
-
-    Args:
-        forward: how to run it, where it is not just called with them.
-
-    Raises:
-        DiscoveryError: it looks token ids up nowhere.
-    """
+    """Return how many token ids the model, run as ``forward`` says, takes; or DiscoveryError."""
     embedding = input_embedding(model)
     if hasattr(embedding, "weight"):
         return int(embedding.weight.shape[0])
@@ -130,10 +120,7 @@ class _Watch(Tracer):
 
 
 def _watched_size(model: nn.Module, run: Callable[[nn.Module, torch.Tensor], object]) -> int:
-    """Run a model on the ids 0 and 1, which every vocabulary has, and return its number of ids.
-
-    That is the least size of all tables that ids index.
-    """
+    """Return the least size of all tables that are looked up as a model runs on the ids 0 and 1."""
     tokens = (torch.arange(16, device="cpu") % 2).view(2, 8)
     failure = ""
     with ghosts_of(model) if is_on_meta(model) else nullcontext():
@@ -288,10 +275,7 @@ def _is_large(model: nn.Module) -> bool:
 
 @contextmanager
 def in_view(model: nn.Module) -> Iterator[None]:
-    """Let all that a model does be seen for the time of the context, without warnings.
-
-    In every thread: there can be one such context at a time.
-    """
+    """Let all that a model does be seen, in every thread: one such context at a time."""
     with in_sight(model), warnings.catch_warnings(), without_memory():
         warnings.simplefilter("ignore")
         yield
@@ -299,10 +283,7 @@ def in_view(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def traced(model: nn.Module, tracer: Tracer) -> Iterator[dict[Expr, int]]:
-    """Give the sizes that a model holds an origin for the time of the context.
-
-    Yields attribute -> value.
-    """
+    """Give the sizes that a model holds an origin inside, and yield attribute -> value."""
     with staged(model), put_back(spaces_of(model)):
         yield trace_attributes_(model, tracer.used_as_number)
 

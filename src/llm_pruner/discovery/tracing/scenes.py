@@ -109,10 +109,7 @@ def scenes_of(
 
 
 def instead(scene: Scene) -> Iterator[Scene]:
-    """Yield what long input becomes for models that cannot run it: shorter, without ``generate``.
-
-    Tokens that were given stay as they are.
-    """
+    """Yield shorter tokens for models that cannot run long ones; tokens that were given stay."""
     length = scene.shape[1]
     if length < _LONG or scene.tokens is not None:
         return
@@ -295,10 +292,7 @@ def staged(model: nn.Module, *, training: bool = False) -> Iterator[None]:
 
 
 class Unwritten(TorchDispatchMode):
-    """Gives parameters back what they held before the code of a model wrote into them.
-
-    Some code does on its first run, by what it is run on, also through ``.data``.
-    """
+    """Gives parameters back what they held before code wrote into them, by ``.data`` as well."""
 
     supports_higher_order_operators = True
 

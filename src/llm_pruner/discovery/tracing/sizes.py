@@ -318,15 +318,10 @@ class Equation:
 def solve(
     equations: list[tuple[Expr, int, str]], old: Mapping[Expr, int], lengths: Mapping[Expr, int]
 ) -> dict[Attribute, int]:
-    """Return the attributes that must change, with their new values.
+    """Return the attributes that must change, with their new values; InfeasibleError if none can.
 
-    Args:
-        equations: (expression, length of the axis after the removal, where it was seen).
-        old: value of every attribute in the dense model.
-        lengths: length of every axis leaf after the removal.
-
-    Raises:
-        InfeasibleError: no assignment of the attributes satisfies all equations.
+    ``equations`` are (expression, length of the axis after the removal, where it was seen), ``old``
+    has the value of every attribute, ``lengths`` that of every axis leaf after the removal.
     """
     values: dict[Expr, int] = dict(lengths)
     # Single attributes settle first: the composite sizes that contain them follow. What they size

@@ -24,6 +24,7 @@ from torch.overrides import _get_current_function_mode, handle_torch_function
 from torch.utils._python_dispatch import _disable_current_modes
 
 from llm_pruner.discovery.tracing.sizes import TracedShape, plain
+from llm_pruner.models.forward import own_forward
 from llm_pruner.runtime.precision import torch_functions
 
 COMPILED_CODE = "compiled code"
@@ -87,10 +88,7 @@ def _unheard(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _broadcast_shapes(*shapes: Any) -> Any:
-    """As in PyTorch, whose own asks integers whether they are sizes of nested tensors.
-
-    Sizes of several tensors that meet are plain numbers: nothing says that they go together.
-    """
+    """As in PyTorch, but that integers are not asked whether they are sizes of nested tensors."""
     each = [(shape,) if isinstance(shape, int) else tuple(shape) for shape in shapes]
     found = []
     for sizes in zip_longest(*map(reversed, each), fillvalue=1):
@@ -127,9 +125,8 @@ def _script_method(method: Any, *args: Any, **kwargs: Any) -> Any:
 def _script_module(module: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a module in TorchScript with the forward pass that it was made from, if it is known."""
     kind = getattr(vars(module).get("_concrete_type"), "py_class", None)
-    with ExitStack() as stack:
+    with own_forward(module):
         if kind is not None and "forward" in vars(module):
-            stack.callback(vars(module).__setitem__, "forward", vars(module)["forward"])
             vars(module)["forward"] = partial(kind.forward, module)
         return nn.Module.__call__(module, *args, **kwargs)
 
@@ -150,10 +147,7 @@ _compiled_code.__name__ = COMPILED_CODE
 
 
 def _load_balancing_loss(gate_logits: Any, num_experts: Any = None, *_: Any, **__: Any) -> Any:
-    """No loss; its code takes each router's number of experts from one attribute.
-
-    That it also multiplies with the number changes the loss alone, not what the model says.
-    """
+    """No loss, of which logits know nothing; its code takes experts' numbers from one attribute."""
     if not isinstance(gate_logits, tuple | list):
         return 0
     return handle_torch_function(_router_losses, (), gate_logits, num_experts)
@@ -334,10 +328,7 @@ def _single_position(input: torch.Tensor, index: Any) -> torch.Tensor | None:
 
 
 def _one_hot(input: torch.Tensor, num_classes: Any = -1) -> torch.Tensor | None:
-    """``one_hot`` as writing by position, which PyTorch does once it has read all values.
-
-    None where it counts the classes by them.
-    """
+    """``one_hot`` as writing by position; None where it counts the classes by the values."""
     if plain(num_classes) < 1:
         return None
     empty = input.new_zeros((*input.shape, num_classes))

@@ -103,10 +103,7 @@ def settle(trace: Trace, model: nn.Module, aliases: Mapping[str, str]) -> None:
 def _described(
     trace: Trace, model: nn.Module, aliases: Mapping[str, str]
 ) -> tuple[dict[Expr, IntArray], dict[Expr, Axes]]:
-    """Return for the sizes that standard modules state of themselves the rows of the axis.
-
-    Beside them those that are the product of two: channels of a convolution in groups.
-    """
+    """Return the rows of the axes, or products of two, whose sizes standard modules state."""
     found: dict[Expr, IntArray] = {}
     multiples: dict[Expr, Axes] = {}
     for path, module in model.named_modules():
@@ -126,10 +123,7 @@ def _described(
 
 
 def _follow_read(trace: Trace, model: nn.Module) -> None:
-    """Let a tensor that the run did not read follow those of its module that it read.
-
-    If these are several that do not shrink alike, it could be any of them.
-    """
+    """Let a tensor that was not read follow what was in its module, if that shrinks alike."""
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         own = {

@@ -65,12 +65,7 @@ class Marks:
 
 
 class Tracer(TorchDispatchMode):
-    """Labels the axes of all tensors while a model runs.
-
-    Args:
-        trace: what is stated goes there.
-        ghosts: runs the operations, where weights have stand-ins.
-    """
+    """Labels the axes of all tensors in ``trace`` as a model runs; ``ghosts`` runs operations."""
 
     def __init__(self, trace: Trace, ghosts: GhostRunner | None = None) -> None:
         super().__init__()
@@ -279,10 +274,7 @@ class Tracer(TorchDispatchMode):
         """Hear of an axis that is read or written by an index; who follows token ids asks."""
 
     def is_weight(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is a parameter or buffer, or a mere view or cast of one.
-
-        A buffer that the run writes to is none: it holds activations, such as a cache.
-        """
+        """Whether a tensor is a parameter, a buffer that stays as it is, or their view or cast."""
         return tensor in self.weights and storage_of(tensor) not in self._written
 
     def is_made_up(self, tensor: torch.Tensor) -> bool:

@@ -82,16 +82,10 @@ def devices(more: Sequence[str]) -> int:
 
 
 def how(model: Any, config: Any, saved_as: str, code: str | None = None) -> str:
-    """Return how it serves a folder, in words that follow its name.
+    """Return how it serves a model in a folder, in words that follow its name; UserError if not.
 
-    Args:
-        model: that was saved in the folder.
-        config: of the folder, where it says the sizes of the dense model.
-        saved_as: ``stock``, ``remote_code`` or ``recipe``.
-        code: of the folder; None for what this version writes.
-
-    Raises:
-        UserError: it does not, or what it then writes is not what the model says.
+    ``config`` says the sizes of the dense model; ``saved_as`` is ``stock``, ``remote_code`` or
+    ``recipe``; ``code`` is that of the folder, None for what this version writes.
     """
     if saved_as == "recipe":
         raise UserError("only llm-pruner reads the sizes of its layers")

@@ -76,14 +76,8 @@ class GgufFile:
     def write(self, out: Path, check: Callable[[], None]) -> None:
         """Write it; the file is there whole or not at all.
 
-        Args:
-            out: the file.
-            check: called before it appears; what it raises stops that.
-
-        Raises:
-            UserError: a weight is beyond what f16 holds.
-            LLMPrunerError: llama.cpp could not quantise it.
-            OSError: the disk is full, or the like.
+        ``check`` is called before it appears, and may raise. Raises UserError if a weight is beyond
+        what f16 holds, LLMPrunerError if llama.cpp cannot quantise it, OSError if the disk is full.
         """
         with new_file(out) as place:
             if self.kind in _PLAIN:
@@ -126,16 +120,10 @@ def require(kind: str, like: Path | None) -> None:
 
 
 def convert(loaded: LoadedModel, folder: Path, kind: str, like: Path | None) -> GgufFile:
-    """Return a model as a GGUF file that is yet to be written.
+    """Return a model as a GGUF file that is yet to be written; UserError if llama.cpp has no such.
 
-    Args:
-        loaded: the model.
-        folder: where it lies, with its tokenizer; or the GGUF file that it was read from.
-        kind: one of ``TYPES``.
-        like: a GGUF file whose tokenizer is taken; None for that of the model.
-
-    Raises:
-        UserError: llama.cpp cannot read such a model or tokenizer.
+    ``folder`` is where it and its tokenizer lie, or the GGUF file that it was read from; ``kind``
+    is one of ``TYPES``; ``like`` a GGUF file whose tokenizer is taken in place of the model's.
     """
     model = gguf_model(loaded.model, loaded.name)
     rows = model.values["add_vocab_size"]

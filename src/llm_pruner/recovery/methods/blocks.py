@@ -9,11 +9,7 @@ from llm_pruner.settings.recover import TrainingSettings
 
 
 def prepare_(model: Any, settings: TrainingSettings) -> Any:
-    """Mark all weights but those of the input and the output embedding.
-
-    Raises:
-        UserError: they have half precision.
-    """
+    """Mark all weights but those of input and output embedding; UserError if of half precision."""
     full.prepare_(model, settings)
     for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
         if embedding is not None:

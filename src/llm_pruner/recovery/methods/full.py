@@ -11,11 +11,7 @@ from llm_pruner.settings.recover import TrainingSettings
 
 
 def prepare_(model: Any, settings: TrainingSettings) -> Any:
-    """Mark all weights.
-
-    Raises:
-        UserError: they have half precision.
-    """
+    """Mark all weights; UserError if they have half precision."""
     check_type(settings.method, next(model.parameters()).dtype)
     return model.requires_grad_(True)
 

@@ -26,10 +26,7 @@ def prepare_(model: Any, settings: TrainingSettings) -> Any:
     """Return a PEFT model around the model, whose own weights are not trained.
 
     With ``settings.quantize``, those of the adapted layers are held in that type (QLoRA, arXiv
-    2305.14314).
-
-    Raises:
-        UserError: the model has no linear layers.
+    2305.14314). Raises UserError if the model has no linear layers.
     """
     from peft import LoraConfig, get_peft_model
 

@@ -31,11 +31,7 @@ def _note_attention(tracer: Tracer, left: Tensor, right: Tensor) -> None:
 def _note_read(
     tracer: Tracer, left: Tensor, right: Tensor, rows: IntArray, others: IntArray
 ) -> None:
-    """Remember that an axis is summed over, and by a weight its own rows of the axis.
-
-    Args:
-        rows, others: those of the axis in ``left`` and in ``right``.
-    """
+    """Remember that an axis, ``rows`` in ``left`` and ``others`` in ``right``, is summed over."""
     tracer.note("read", rows)
     if tracer.is_weight(left) != tracer.is_weight(right):
         tracer.note("weighed", rows if tracer.is_weight(left) else others)
@@ -50,10 +46,7 @@ def _multiply(tracer: Tracer, call: Call, left: Tensor, right: Tensor) -> None:
 
 
 def _living(alive: Alive, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two factors at the living positions of what is summed over.
-
-    Of two activations neither need be zero at the removed ones.
-    """
+    """Return two factors at the living positions of what is summed over; others may be no zeros."""
     living = alive(left, left.dim() - 1)
     if living is None:
         return left, right

@@ -159,10 +159,7 @@ def index_add(
 
 @rule("index_put", "index_put_", "_index_put_impl_")
 def index_put(tracer: Tracer, call: Call, self: Tensor, indices: Indices, values: Tensor) -> None:
-    """Writing by position: indexed axes are frozen, the others follow the values.
-
-    A number that is written wherever a mask of the tensor's own shape says moves nothing.
-    """
+    """Writing by position freezes indexed axes, but for a number by a mask of its own shape."""
     mask = indices[0]
     of_all = mask is not None and mask.dtype == torch.bool and mask.shape == self.shape
     if of_all and values.numel() == 1:

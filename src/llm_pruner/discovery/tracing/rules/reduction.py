@@ -116,10 +116,7 @@ def along(tracer: Tracer, call: Call, self: Tensor, dim: int) -> None:
 
 @rule("cumsum", "cumprod", "cummax", "logcumsumexp")
 def running(tracer: Tracer, call: Call, self: Tensor, dim: int) -> None:
-    """Running sums: a position depends on all before it.
-
-    Counts of choices are zero where something is deleted, so that the other sums stay.
-    """
+    """Running sums depend on all before; counts of choices are zero where something is deleted."""
     axes = tracer.label(self)
     counted = self in tracer.counts and call.name == "cumsum"
     if not counted:
