@@ -95,10 +95,10 @@ def test_what_was_trained_is_what_the_next_step_sees(
     train = lp.Lora(max_steps=1, seq_len=32)
     lp.recover_(model, text, train)
     settings = lp.presets.fast(calibration=str(text), samples=8, seq_len=32, protect_last=0)
-    for _, point in lp.curve(model, settings, ratios=(0.1,), text=str(other), measured_tokens=512):
+    for _, point in lp.curve(model, settings, ratios=(0.1,), text=str(other), measured_tokens=1024):
         divergence = point.measured.divergence
         assert divergence is not None
-        asked = PerplexitySettings(seq_len=512, max_tokens=512)
+        asked = PerplexitySettings(seq_len=512, max_tokens=1024)
         read = load_evaluation_text(str(other), asked)
         now = perplexity(model.network, model.tokenizer, read, asked).perplexity
         assert divergence.perplexity == pytest.approx(now, rel=1e-5)
