@@ -16,11 +16,11 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from llm_pruner.errors import PlanError, UserError
-from llm_pruner.files.disk import parse_json, read_text
+from llm_pruner.errors import PlanError, UserError, require_kind
+from llm_pruner.files.disk import expanded, parse_json, read_text
 from llm_pruner.files.ranges import MOST_UNITS, format_ranges, parse_ranges
 from llm_pruner.planning.constraints import check
-from llm_pruner.surgery.removal import count_parameters
+from llm_pruner.surgery.removal import checked_removal, count_parameters
 from llm_pruner.types import Discovery, IntArray, Removal
 
 FORMAT_VERSION: Literal[2] = 2
@@ -92,7 +92,12 @@ class Plan(_Strict):
         settings: Mapping[str, Any] | None = None,
         text: str | None = None,
     ) -> Plan:
-        """Return the Plan of a removal in dense numbering; ``discovery`` is the dense model's."""
+        """Return the Plan of a removal in dense numbering; ``discovery`` is the dense model's.
+
+        Raises:
+            InfeasibleError: a group is unknown or frozen, or has no such units.
+        """
+        removal = checked_removal(discovery, removal)
         return cls(
             format_version=FORMAT_VERSION,
             package_version=package_version,
@@ -193,13 +198,14 @@ def read_plan(source: str | Path) -> Plan:
     """Return the Plan in a file, or in a text that starts with a brace.
 
     Raises:
-        UserError: no such file, not UTF-8, or not JSON (with line and column).
+        UserError: no such file, not UTF-8, not JSON (with line and column), or no path or text.
         PlanError: fields that are missing, unknown or of the wrong type; all of them.
     """
+    require_kind("source", source, (str, Path), "the path of a plan.json, or its text")
     written = isinstance(source, str) and source.lstrip().startswith("{")
     where = "the plan" if written else f"plan {source}"
     try:
-        text = str(source) if written else read_text(Path(source))
+        text = str(source) if written else read_text(expanded(source))
         data = parse_json(text, object_pairs_hook=_no_repeats)
     except json.JSONDecodeError as error:
         raise UserError(

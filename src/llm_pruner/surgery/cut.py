@@ -25,12 +25,12 @@ from llm_pruner.models.layers import (
     sharing_copy,
 )
 from llm_pruner.models.streaming import cut_parameter, is_model_streamed, is_streamed
-from llm_pruner.settings.options import near
 from llm_pruner.surgery.removal import (
+    checked_removal,
     kept_shapes,
     removed_modules,
     removed_positions,
-    unit_problems,
+    require_traced,
 )
 from llm_pruner.types import Discovery, Edits, IntArray, Removal
 
@@ -50,8 +50,8 @@ def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edit
         InfeasibleError: the model's code cannot express the sizes, a group is frozen or has no such
             units, or the model is not the one that was traced; names the groups.
     """
-    _require_units(discovery, removal)
-    _require_shapes(model, discovery)
+    checked_removal(discovery, removal)
+    require_traced(model, discovery)
     _require_buffers(model, discovery, removal)
     graph = discovery.graph
     layers = kept_layers(model, removed_modules(discovery, removal))
@@ -92,17 +92,6 @@ def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edit
     )
 
 
-def _require_units(discovery: Discovery, removal: Removal) -> None:
-    names = [group.name for group in discovery.groups]
-    for name, units in removal.items():
-        if name not in names:
-            raise InfeasibleError(
-                f"{name} is no group of this model; {near(name, names)}discover lists them"
-            )
-        if problems := unit_problems(discovery.group(name), units):
-            raise InfeasibleError(f"{name}: {'; '.join(problems)}")
-
-
 def _require_choices(discovery: Discovery, removal: Removal) -> None:
     """Raise InfeasibleError if fewer positions of an axis are left than the code chooses."""
     trace = discovery.graph.trace
@@ -114,15 +103,6 @@ def _require_choices(discovery: Discovery, removal: Removal) -> None:
             raise InfeasibleError(
                 f"removing units of {', '.join(name for name in removal if len(removal[name]))}: "
                 f"{choice.count} are chosen for every token, of {left} that are left; keep more"
-            )
-
-
-def _require_shapes(model: nn.Module, discovery: Discovery) -> None:
-    for name, parameter in model.named_parameters():
-        if discovery.shapes.get(name) != tuple(parameter.shape):
-            raise InfeasibleError(
-                f"{name} has shape {tuple(parameter.shape)}, the traced model "
-                f"{discovery.shapes.get(name)}: trace the model that is to be pruned"
             )
 
 
