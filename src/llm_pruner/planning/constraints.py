@@ -159,11 +159,14 @@ def scores_of(group: Group, scores: Scores) -> FloatArray:
     Raises:
         UserError: the criterion gave none, not one per unit, or one that is not a number.
     """
-    values = scores.get(group.name)
-    if values is None:
+    if (found := scores.get(group.name)) is None:
         raise UserError(
             f"there is no importance for {group.name}; use a criterion that scores {group.kind}"
         )
+    try:
+        values = np.asarray(found, dtype=np.float64)
+    except (TypeError, ValueError):
+        values = np.full(group.size, np.nan)
     if values.shape != (group.size,):
         raise UserError(
             f"importance of {group.name} has shape {values.shape}, not one value for each of its "
