@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -390,3 +392,23 @@ def test_a_checkpoint_of_a_whole_model_and_of_one_share(model: lp.Model, place: 
     )
     points = lp.curve(model, settings, ratios=0.1, text=text, measured_tokens=512)
     assert len(points) == 1
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_nothing_holds_the_network_before_training(
+    model: lp.Model, place: Path, pruned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gained(network: Any, *_: Any, **__: Any) -> Any:
+        return copy.deepcopy(network), SimpleNamespace(gained=True)
+
+    monkeypatch.setattr(recovery, "recover_", gained)
+    groups = lp.discover(model)
+    before = [weakref.ref(one) for one in (model.network, *model.network.parameters())]
+    if pruned:
+        lp.prune_(model, groups, removal(model))
+        before += [weakref.ref(one) for one in model.network.parameters()]
+    lp.recover_(model, place / "text.txt", lp.Lora(max_steps=1, seq_len=32))
+    gc.collect()
+    assert not any(one() is not None for one in before)
+    assert model.loaded.model is model.network
+    model.save(place / f"trained-{pruned}")

@@ -549,7 +549,11 @@ def recover_(
             **trainer,
         )
     if outcome.gained:
-        model.network, model._refitter = network, None  # which has the one before, and the dense
+        # Nothing is to hold the network before, or the dense one, which the refitter has.
+        model.network, model._refitter = network, None
+        model.loaded = model.current
+        if model._surgeon is not None:
+            model._surgeon.model = network
     return outcome
 
 
