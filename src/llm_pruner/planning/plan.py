@@ -95,7 +95,7 @@ class Plan(_Strict):
         """Return the Plan of a removal in dense numbering; ``discovery`` is the dense model's.
 
         Raises:
-            InfeasibleError: a group is unknown or frozen, or has no such units.
+            InfeasibleError: a group is unknown, or has no such units.
         """
         removal = checked_removal(discovery, removal)
         return cls(

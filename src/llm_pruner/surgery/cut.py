@@ -31,6 +31,7 @@ from llm_pruner.surgery.removal import (
     removed_modules,
     removed_positions,
     require_traced,
+    unit_problems,
 )
 from llm_pruner.types import Discovery, Edits, IntArray, Removal
 
@@ -50,7 +51,9 @@ def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edit
         InfeasibleError: the model's code cannot express the sizes, a group is frozen or has no such
             units, or the model is not the one that was traced; names the groups.
     """
-    checked_removal(discovery, removal)
+    for name, units in checked_removal(discovery, removal).items():
+        if problems := unit_problems(discovery.group(name), units):
+            raise InfeasibleError(f"{name}: {'; '.join(problems)}")
     require_traced(model, discovery)
     _require_buffers(model, discovery, removal)
     graph = discovery.graph

@@ -21,39 +21,48 @@ def unit_problems(group: Group, units: IntArray) -> list[str]:
         return []
     if group.frozen is not None:
         return [f"cannot lose units: {group.frozen}"]
+    if problems := _naming_problems(group, units):
+        return problems
+    left = group.size - len(units)
+    if left == 0:
+        return [f"removes all {group.size} units; at least one must stay"]
+    if left < group.least:
+        return [
+            f"leaves {left} units, but the model chooses {group.least} of them for every token; "
+            f"keep at least {group.least}"
+        ]
+    if left % group.multiple:
+        return [
+            f"leaves {left} units, but the model's grouped products need a multiple of "
+            f"{group.multiple}; remove more or fewer"
+        ]
+    return []
+
+
+def _naming_problems(group: Group, units: IntArray) -> list[str]:
+    """Return why numbers, in any order, name no units of a group, each once; empty if they do."""
     problems: list[str] = []
     values, times = np.unique(units, return_counts=True)
     if np.any(times > 1):
         problems.append(f"duplicate units {format_ranges(values[times > 1])}")
     outside = values[(values < 0) | (values >= group.size)]
-    left = group.size - len(values)
     if len(outside):
         shown = ", ".join(str(unit) for unit in outside[:5]) + (", ..." if len(outside) > 5 else "")
         problems.append(f"units out of range ({shown}); it has 0 to {group.size - 1}")
-    elif left == 0:
-        problems.append(f"removes all {group.size} units; at least one must stay")
-    elif left < group.least:
-        problems.append(
-            f"leaves {left} units, but the model chooses {group.least} of them for every token; "
-            f"keep at least {group.least}"
-        )
-    elif left % group.multiple:
-        problems.append(
-            f"leaves {left} units, but the model's grouped products need a multiple of "
-            f"{group.multiple}; remove more or fewer"
-        )
     return problems
 
 
 def checked_removal(discovery: Discovery, removal: Mapping[str, Any]) -> dict[str, IntArray]:
     """Return a removal that a person wrote as one whose units are sorted arrays of integers.
 
+    Whether the groups can lose these units is not looked at, see ``unit_problems``.
+
     Args:
         removal: group name -> units: integers in any collection, or a mask of shape (size,) that is
             true for those that go.
 
     Raises:
-        InfeasibleError: a group is unknown or frozen, or has no such units.
+        InfeasibleError: a group is unknown, or has no such units.
         UserError: an argument is of another kind.
     """
     require_kind("discovery", discovery, Discovery, "what discover returned")
@@ -66,7 +75,7 @@ def checked_removal(discovery: Discovery, removal: Mapping[str, Any]) -> dict[st
             raise InfeasibleError(f"{name} is no group of this model; {close}discover lists them")
         group = discovery.by_name[name]
         found[name] = _numbers(group, units)
-        if problems := unit_problems(group, found[name]):
+        if problems := _naming_problems(group, found[name]):
             raise InfeasibleError(f"{name}: {'; '.join(problems)}")
     return found
 
@@ -142,7 +151,7 @@ def count_parameters(discovery: Discovery, removal: Removal | None = None) -> in
         removal: group name -> units, in any collection, or a mask; None for none.
 
     Raises:
-        InfeasibleError: a group is unknown or frozen, or has no such units.
+        InfeasibleError: a group is unknown, or has no such units.
     """
     shapes = kept_shapes(discovery, checked_removal(discovery, {} if removal is None else removal))
     return sum(math.prod(shape) for shape in shapes.values())

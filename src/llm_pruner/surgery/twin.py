@@ -168,7 +168,7 @@ def twin_logits(
         One tensor (batch, tokens of the call, vocabulary) per call of the model.
 
     Raises:
-        InfeasibleError: a group is unknown or frozen, or has no such units; or another model was
+        InfeasibleError: a group is unknown, or has no such units; or another model was
             traced, or this one before it was cut.
         UserError: an argument is of another kind; or the tokens are none of the model's.
     """
