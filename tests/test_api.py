@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +21,9 @@ from llm_pruner.commands import refitting
 from llm_pruner.data.text import load_evaluation_text
 from llm_pruner.errors import InfeasibleError, UserError
 from llm_pruner.evaluation.perplexity import perplexity
-from llm_pruner.models.forward import evaluating
+from llm_pruner.models.forward import evaluating, module_of
 from llm_pruner.settings.evaluate import PerplexitySettings
+from llm_pruner.types import Edits
 
 pytestmark = pytest.mark.slow
 
@@ -239,3 +242,185 @@ def test_modules_get_the_mode_that_each_had(model: lp.Model) -> None:
         assert not any(module.training for module in network.modules())
     assert network.model.layers[1].training
     assert not network.model.layers[0].training
+
+
+def test_a_network_is_taken_in_whatever_holds_it(model: lp.Model) -> None:
+    groups = lp.discover(model)
+    names = [group.name for group in groups.groups]
+    scores = lp.score(model, groups, lp.Criterion("l2"))
+    units = {"layers.0.ffn": {0, 1}}
+    for one in (model, model.current, model.network):
+        assert [group.name for group in lp.discover(one).groups] == names
+        found = lp.score(one, groups, "l2")
+        assert all(np.array_equal(found[name], scores[name]) for name in scores)
+        assert lp.twin_logits(one, groups, units, IDS)[0].shape == (4, 15, 259)
+    settings = lp.presets.paper(ratio=0.1, protect_first=0, protect_last=0)
+    made = lp.plan(lp.Model(model.current), groups, scores, settings)
+    for one in (model.current, model.network):
+        other = copy.deepcopy(one)
+        assert lp.prune_(other, made)
+        left = sum(each.numel() for each in module_of(other).parameters())
+        assert left == lp.count_parameters(groups, made.removal(groups))
+
+
+def test_what_needs_a_model_says_so(model: lp.Model, place: Path) -> None:
+    text = str(place / "text.txt")
+    network, train = model.network, lp.Lora(max_steps=1, seq_len=32)
+    tokens = lp.calibration(model, text, samples=4, seq_len=32)
+    groups = lp.discover(model)
+    scores = lp.score(model, groups, "l2")
+    settings = lp.presets.paper(ratio=0.1)
+    for one in (network, model.current, "tiny"):
+        for step in (
+            lambda one: lp.calibration(one, text),
+            lambda one: lp.plan(one, groups, scores, settings),
+            lambda one: lp.curve(one),
+            lambda one: lp.refit_(one, tokens),
+            lambda one: lp.recover_(one, text, train),
+            lambda one: lp.health(one, ["Why?"]),
+            lambda one: lp.perplexity(one, text),
+        ):
+            with pytest.raises(UserError, match=f"model is of type {type(one).__name__}; give wha"):
+                step(one)
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (lambda m, *_: lp.load(m.network), "model is of type LlamaForCausalLM; give a name or a"),
+        (lambda m, *_: lp.Model(m.network), "loaded is of type LlamaForCausalLM; give what"),
+        (lambda *_: lp.discover("tiny"), "model is of type str; give what load returned, or an nn"),
+        (lambda m, g, _: lp.score(m, lp.Taylor(), g), "criterion is of type Discovery; give one"),
+        (lambda m, g, _: lp.score(m, g, lp.Taylor), "criterion is of type function; give one such"),
+        (lambda m, g, _: lp.score(m, g, "l3"), "unknown criterion 'l3'"),
+        (lambda m, g, _: lp.score(m, g.groups, "l2"), "discovery is of type tuple; give what"),
+        (
+            lambda m, g, _: lp.score(m, g, "l2", "a text"),
+            "text is of type str; give what calibrati",
+        ),
+        (lambda m, g, _: lp.score(m, g, "gate", IDS, input_ids=IDS), "both text and input_ids are"),
+        (
+            lambda m, g, _: lp.score(m, g, "gate", [[3, 4], [5]]),
+            "token ids in a list cannot be rea",
+        ),
+        (
+            lambda m, g, _: lp.score(m, g, "gate", IDS > 9),
+            "type torch.bool cannot be read; give in",
+        ),
+        (lambda m, g, _: lp.score(m, g, "l2", groups="layers.0"), "unknown group 'layers.0'"),
+        (
+            lambda m, g, p: lp.plan(m, g, None, "paper"),
+            "settings is of type str; give settings suc",
+        ),
+        (lambda m, g, p: lp.plan(m, g, None, lp.presets.paper), "settings is of type partial; giv"),
+        (lambda m, g, p: lp.curve(m, {"ratio": 0.1}), "settings is of type dict; give settings su"),
+        (lambda m, g, p: lp.curve(m, text=IDS), "text is of type Tensor; give the name of a datas"),
+        (lambda m, g, p: lp.prune_(m, p, removal(m)), "come from a plan, or from groups and a rem"),
+        (lambda m, g, p: lp.prune_(m, g), "come from a plan, or from groups and a removal; give"),
+        (lambda m, g, p: lp.prune_(m, "plan.json"), "plan is of type str; give what plan, read_pl"),
+        (lambda m, g, p: lp.prune_(m, g, p), "removal is of type Plan; give the units of each"),
+        (lambda m, g, p: lp.recover_(m, "x.jsonl", lp.Lora), "settings is of type function; give"),
+        (lambda m, g, p: lp.recover_(m, ["x.jsonl"], lp.Lora()), "data is of type list; give 'sel"),
+        (
+            lambda m, g, p: lp.recover_(m, "self", lp.Lora(), teacher=m.network),
+            "teacher is of type LlamaForCausalLM; give what load returned",
+        ),
+        (lambda m, *_: lp.health(m, [1, 2]), "health is measured on a list of prompts"),
+        (lambda m, *_: lp.perplexity(m, IDS), "source is of type Tensor; give the name of a datas"),
+        (lambda m, *_: lp.calibration(m, ["a", "b"]), "source is of type list; give 'self', the n"),
+        (
+            lambda m, *_: lp.calibration(m, "Not a file. " * 99),
+            "is neither a local file nor a data",
+        ),
+        (lambda *_: lp.Scores({}, 3, None, 0), "criterion is of type int; give one such as"),
+        (lambda *_: lp.Scores({}, "l2", "c4", 0), "text is of type str; give what calibration"),
+        (
+            lambda *_: lp.read_plan({"groups": []}),
+            "source is of type dict; give the path of a plan",
+        ),
+        (lambda m, *_: m.save("x", max_shard_size=10**9), "max_shard_size is of type int; give a"),
+        (
+            lambda m, g, p: lp.save_checkpoint(m.network, Path("x"), edits=p),
+            "edits is of type Plan; give what prune_ returned",
+        ),
+        (
+            lambda m, *_: lp.save_checkpoint(m, Path("x"), edits=Edits(), plan_json={}),
+            "plan_json is of type dict; give plan.to_json",
+        ),
+    ],
+)
+def test_one_thing_in_the_place_of_another_is_one_line(
+    model: lp.Model, step: Any, message: str
+) -> None:
+    groups = lp.discover(model)
+    settings = lp.presets.paper(ratio=0.1, protect_first=0, protect_last=0)
+    made = lp.plan(model, groups, lp.score(model, groups, "l2"), settings)
+    with pytest.raises(UserError, match=message) as caught:
+        step(model, groups, made)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_token_ids_in_any_form_stand_for_a_text(model: lp.Model, place: Path) -> None:
+    text = lp.calibration(model, place / "text.txt", samples=4, seq_len=16)
+    ids, groups = text.input_ids, lp.discover(model)
+    name = "layers.0.ffn"
+    wanted = lp.score(model, groups, "gate", text, groups=name)
+    assert wanted.text is text
+    assert wanted.criterion == lp.Criterion("gate")
+    for bare in (ids, ids.numpy(), ids.tolist(), ids.int(), text):
+        for given in ({"text": bare}, {"input_ids": bare}):
+            found = lp.score(model, groups, "gate", groups=[groups.group(name)], **given)
+            assert [*found] == [name]
+            np.testing.assert_array_equal(found[name], wanted[name])
+            assert found.text is (text if bare is text else None)
+    as_lists = lp.Scores(
+        {one: [*values] for one, values in lp.score(model, groups, "l2").items()}, "l2", None, 0
+    )
+    settings = lp.presets.paper(ratio=0.1, protect_first=0, protect_last=0)
+    made = lp.plan(model, groups, as_lists, settings)
+    assert made == lp.plan(model, groups, lp.score(model, groups, "l2"), settings)
+    lp.prune_(model, made)
+    before = model.network.model.layers[0].mlp.down_proj.weight.clone()
+    lp.refit_(model, lp.calibration(model, place / "text.txt", samples=8).input_ids.tolist())
+    assert not torch.equal(before, model.network.model.layers[0].mlp.down_proj.weight)
+
+
+def test_the_groups_of_another_model_are_refused(model: lp.Model) -> None:
+    groups = lp.discover(model)
+    other = copy.deepcopy(model.network)
+    lp.prune_(other, groups, {"layers.0.ffn": [0]})
+    for criterion, text in (("l2", None), ("fisher", IDS)):
+        with pytest.raises(UserError, match="run discover again on the model as it is"):
+            lp.score(other, groups, criterion, text)
+
+
+def test_a_checkpoint_of_a_whole_model_and_of_one_share(model: lp.Model, place: Path) -> None:
+    saved = lp.save_checkpoint(model, place / "whole", edits=Edits(), tokenizer=model.tokenizer)
+    assert saved.kind == "stock"
+    text = place / "other.txt"
+    settings = lp.presets.fast(
+        calibration=str(place / "text.txt"), samples=8, seq_len=32, protect_last=0
+    )
+    points = lp.curve(model, settings, ratios=0.1, text=text, measured_tokens=512)
+    assert len(points) == 1
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_nothing_holds_the_network_before_training(
+    model: lp.Model, place: Path, pruned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gained(network: Any, *_: Any, **__: Any) -> Any:
+        return copy.deepcopy(network), SimpleNamespace(gained=True)
+
+    monkeypatch.setattr(recovery, "recover_", gained)
+    groups = lp.discover(model)
+    before = [weakref.ref(one) for one in (model.network, *model.network.parameters())]
+    if pruned:
+        lp.prune_(model, groups, removal(model))
+        before += [weakref.ref(one) for one in model.network.parameters()]
+    lp.recover_(model, place / "text.txt", lp.Lora(max_steps=1, seq_len=32))
+    gc.collect()
+    assert not any(one() is not None for one in before)
+    assert model.loaded.model is model.network
+    model.save(place / f"trained-{pruned}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import nn
 
 from llm_pruner.checkpoints import save_checkpoint
@@ -22,7 +23,7 @@ from llm_pruner.commands.refitting import Refitter, fitted_and_judged
 from llm_pruner.data.calibration import Calibration, read_calibration
 from llm_pruner.data.text import PRUNED, Protocol, load_evaluation_text
 from llm_pruner.discovery.groups import discover as discover_groups
-from llm_pruner.errors import UserError
+from llm_pruner.errors import UserError, require_kind
 from llm_pruner.evaluation.answers import check_prompts, written
 from llm_pruner.evaluation.health import Health, health_prompts, own_prompts
 from llm_pruner.evaluation.health import health as measure_health
@@ -31,7 +32,7 @@ from llm_pruner.evaluation.perplexity import perplexity as measure_perplexity
 from llm_pruner.files.disk import expanded
 from llm_pruner.importance import Criterion
 from llm_pruner.importance import score as score_groups
-from llm_pruner.models.forward import check_length, dtype_name
+from llm_pruner.models.forward import check_length, dtype_name, module_of, token_ids
 from llm_pruner.models.layers import own_copy, sharing_copy
 from llm_pruner.models.load import LoadedModel, load_model
 from llm_pruner.planning import Plan
@@ -45,6 +46,7 @@ from llm_pruner.settings.evaluate import PerplexitySettings
 from llm_pruner.settings.prune import READ_BY, PlanSettings, PruneSettings
 from llm_pruner.settings.recover import DataSettings, RecoverSettings, TrainingSettings
 from llm_pruner.surgery.pruner import Surgeon
+from llm_pruner.surgery.removal import checked_removal
 from llm_pruner.surgery.verify import prune_ as prune_module_
 from llm_pruner.types import Discovery, Edits, FloatArray, Removal
 
@@ -62,9 +64,13 @@ class Model:
         tokenizer: None where there is none.
         groups: of the dense model; None before `discover`.
         plan: what was removed; None before `prune_`.
+
+    Raises:
+        UserError: it is made of something else than what was loaded.
     """
 
     def __init__(self, loaded: LoadedModel) -> None:
+        require_kind("loaded", loaded, LoadedModel, "what load_model returned, or use lp.load")
         self.loaded = loaded
         self.network: Any = loaded.model
         self.tokenizer = loaded.tokenizer
@@ -116,17 +122,21 @@ class Scores(dict[str, FloatArray]):
         criterion: what was measured.
         text: on what; None if nothing was read, or bare tokens.
         seed: of the criterion ``random``.
+
+    Raises:
+        UserError: ``criterion`` or ``text`` is of another kind.
     """
 
     def __init__(
         self,
         values: Mapping[str, FloatArray],
-        criterion: Criterion,
+        criterion: Criterion | str,
         text: Calibration | None,
         seed: int,
     ) -> None:
         super().__init__(values)
-        self.criterion, self.text, self.seed = criterion, text, seed
+        require_kind("text", text, Calibration | None, "what calibration returned, or None")
+        self.criterion, self.text, self.seed = _criterion(criterion), text, seed
 
 
 class _Presets:
@@ -165,6 +175,27 @@ def Lora(rank: int | None = None, **settings: Any) -> TrainingSettings:  # noqa:
     return TrainingSettings(**settings | {"lora_r": rank})
 
 
+def _require_model(model: Any) -> None:
+    """Raise UserError unless a `Model` is given, with its tokenizer and what was done to it."""
+    require_kind("model", model, Model, "what load returned, or lp.Model(loaded) of a LoadedModel")
+
+
+def _criterion(given: Criterion | str) -> Criterion:
+    """Return a criterion, also by its name."""
+    given = Criterion(given) if isinstance(given, str) else given
+    require_kind("criterion", given, Criterion, "one such as lp.Criterion('fisher')")
+    return given
+
+
+def _tokens(text: Any, network: nn.Module) -> torch.Tensor:
+    """Return the token ids, shape (samples, tokens), of a text or as they are given."""
+    if isinstance(text, Calibration):
+        return text.input_ids
+    kinds = (torch.Tensor, np.ndarray, list, tuple)
+    require_kind("text", text, kinds, "what calibration returned, or token ids")
+    return token_ids(text, network)
+
+
 def load(
     model: str | Path,
     *,
@@ -178,6 +209,7 @@ def load(
     Raises:
         UserError: it cannot be loaded, and why.
     """
+    require_kind("model", model, (str, Path), "a name or a path; discover takes a module as it is")
     return Model(
         load_model(
             str(model),
@@ -204,6 +236,8 @@ def calibration(
     Raises:
         UserError: it cannot be read, or holds too few tokens.
     """
+    _require_model(model)
+    require_kind("source", source, (str, Path), "'self', the name of a dataset, or a file")
     asked = CalibrationSettings(
         calibration=str(source),
         samples=samples,
@@ -214,13 +248,20 @@ def calibration(
     return read_calibration(model.current, asked, seed, Clock())
 
 
-def discover(model: Model | nn.Module, **how: Any) -> Discovery:
+def discover(model: Model | LoadedModel | nn.Module, **how: Any) -> Discovery:
     """Return the groups of units that must be removed together; see ``discovery.discover``.
 
     Those of a `Model` are found once, and stay those of the dense one; with ``how`` anew.
+
+    Args:
+        how: ``forward``, which runs it, or ``tokens`` to run it on, shape (batch, sequence).
+
+    Raises:
+        DiscoveryError: the model could not be run.
+        UserError: it is no model, or the tokens are none of its own.
     """
     if not isinstance(model, Model):
-        return discover_groups(model, **how)
+        return discover_groups(module_of(model), **how)
     if how:
         model.require_dense()
     if how or model.groups is None:
@@ -229,34 +270,39 @@ def discover(model: Model | nn.Module, **how: Any) -> Discovery:
 
 
 def score(
-    model: Model | nn.Module,
+    model: Model | LoadedModel | nn.Module,
     discovery: Discovery,
-    criterion: Criterion,
-    text: Calibration | None = None,
+    criterion: Criterion | str,
+    text: Calibration | ArrayLike | None = None,
     *,
-    input_ids: torch.Tensor | None = None,
+    input_ids: ArrayLike | None = None,
     seed: int = 0,
-    groups: Collection[str] | None = None,
+    groups: Collection[str] | str | None = None,
 ) -> Scores:
     """Return the importance of every unit of the groups; see ``importance.score``.
 
     Args:
         model: the dense model.
         discovery: the groups, from `discover`.
-        criterion: such as ``Taylor()`` or ``Criterion("fisher")``.
-        text: from `calibration`.
-        input_ids: bare token ids in its place, shape (samples, seq_len).
+        criterion: such as ``Taylor()``, ``Criterion("fisher")`` or ``"fisher"``.
+        text: from `calibration`, or token ids.
+        input_ids: token ids in its place, integers of shape (samples, seq_len).
         seed: of the criterion ``random``.
-        groups: names of those to score; None: all that are not frozen.
+        groups: names of those to score, or one; None: all that are not frozen.
 
     Raises:
         UserError: nothing can be scored so; or the `Model` was pruned, and its groups are those of
-            the dense one.
+            the dense one; or they are of another model.
     """
     if isinstance(model, Model):
         model.require_dense()
-    network = model.network if isinstance(model, Model) else model
-    tokens = input_ids if text is None else text.input_ids
+    if text is not None and input_ids is not None:
+        raise UserError("both text and input_ids are given; leave one out")
+    network, criterion = module_of(model), _criterion(criterion)
+    require_kind("discovery", discovery, Discovery, "what discover returned")
+    text = input_ids if text is None else text
+    tokens = None if text is None else _tokens(text, network)
+    text = text if isinstance(text, Calibration) else None
     with fast_matmul(network):
         found = score_groups(
             network, discovery, criterion, input_ids=tokens, seed=seed, groups=groups
@@ -278,7 +324,12 @@ def plan(model: Model, groups: Discovery, scores: Scores | None, settings: PlanS
     Raises:
         UserError: the settings cannot be met, and what can.
     """
+    _require_model(model)
     model.require_dense()
+    require_kind("groups", groups, Discovery | None, "what discover returned")
+    require_kind(
+        "settings", settings, PlanSettings, "settings such as lp.presets.balanced(ratio=0.2)"
+    )
     said, text, estimate = settings.written(), None, None
     if scores is not None:
         if not isinstance(scores, Scores):
@@ -315,8 +366,8 @@ def curve(
     model: Model,
     settings: PlanSettings | None = None,
     *,
-    ratios: Sequence[float] = RATIOS,
-    text: str | None = None,
+    ratios: Sequence[float] | float = RATIOS,
+    text: str | Path | None = None,
     measured_tokens: int = 8192,
 ) -> list[tuple[Plan, CurvePoint]]:
     """Return a plan and what it costs for each size; the model stays as it is.
@@ -325,7 +376,8 @@ def curve(
         model: the dense model.
         settings: how it is pruned, such as ``presets.balanced(calibration="c4")``; by default
             ``presets.balanced()``.
-        ratios: shares of all parameters to remove; the points come from the smallest share on.
+        ratios: shares of all parameters to remove, or one share; the points come from the smallest
+            on.
         text: a corpus to measure on, as for `perplexity`; None for what calibration leaves of its
             source.
         measured_tokens: of it, at most.
@@ -333,11 +385,17 @@ def curve(
     Raises:
         UserError: a size cannot be reached, or there is no text to measure on.
     """
+    _require_model(model)
     model.require_dense()
+    require_kind(
+        "settings", settings, PlanSettings | None, "settings such as lp.presets.balanced()"
+    )
+    require_kind("text", text, str | Path | None, "the name of a dataset, or a file")
     said = {} if settings is None else settings.written()
     said = {name: of for name, of in said.items() if name in CurveSettings.model_fields}
-    said |= {"model": model.loaded.name, "out": _NEW, "ratios": tuple(ratios)}
-    said |= {"text": text, "measured_tokens": measured_tokens}
+    ratios = (ratios,) if isinstance(ratios, float) else tuple(ratios)
+    said |= {"model": model.loaded.name, "out": _NEW, "ratios": ratios}
+    said |= {"text": None if text is None else str(text), "measured_tokens": measured_tokens}
     asked = CurveSettings(**said)
     check_text(asked)
     run = CurveRun(asked, loaded=model.current, discovery=discover(model))
@@ -347,7 +405,7 @@ def curve(
 
 
 def prune_(
-    model: Model | nn.Module,
+    model: Model | LoadedModel | nn.Module,
     plan: Plan | Discovery,
     removal: Removal | None = None,
     *,
@@ -359,22 +417,30 @@ def prune_(
     returns what was changed; see ``surgery.prune_``. A `Model` keeps its dense weights until it was
     refitted or trained.
 
+    Args:
+        removal: group name -> units, in any collection, or a mask that is true for them.
+
     Raises:
         PlanError: the plan is for another model, or breaks its rules.
         InfeasibleError: the removal breaks them.
-        UserError: a `Model` was pruned before.
+        UserError: a `Model` was pruned before; or there is a plan and a removal, or neither.
         VerificationError: the result is not the masked model; it is undone.
     """
     if isinstance(model, Model):
         model.require_dense()
+    require_kind("plan", plan, (Plan, Discovery), "what plan, read_plan or discover returned")
+    if isinstance(plan, Plan) == (removal is not None):
+        raise UserError(
+            "units to remove come from a plan, or from groups and a removal; give prune_(model, "
+            "plan) or prune_(model, groups, {'layers.3.ffn': [0, 1]})"
+        )
     if isinstance(plan, Discovery):
-        made, groups, gone = None, plan, removal or {}
+        made, groups, gone = None, plan, checked_removal(plan, removal or {})
     else:
         made, groups = plan, discover(model)
         gone = plan.removal(groups)
-    gone = {name: np.asarray(units) for name, units in gone.items()}
     if not isinstance(model, Model):
-        return prune_module_(model, groups, gone, verify=verify)
+        return prune_module_(module_of(model), groups, gone, verify=verify)
     surgeon = Surgeon(model.network, verify, Clock())
     refitter = Refitter(model.current, groups, surgeon, model.loaded.stored_dtype)
     surgeon.cut(groups, gone)
@@ -383,20 +449,25 @@ def prune_(
     return surgeon.edits if made is None else None
 
 
-def refit_(model: Model, text: Calibration) -> None:
+def refit_(model: Model, text: Calibration | ArrayLike) -> None:
     """Refit by least squares what reads the removed units, where held-out text says it is a gain.
 
     Args:
         model: pruned by `prune_`.
-        text: from `calibration`, made before pruning or after; all that is read, so ask for more
-            samples of it than importance needs.
+        text: from `calibration`, made before pruning or after, or token ids, shape (samples,
+            seq_len); all that is read, so ask for more samples of it than importance needs.
+
+    Raises:
+        UserError: it was not pruned, or was refitted or trained since; or that is no text.
     """
+    _require_model(model)
     if model._refitter is None:
         raise UserError(
             "there is nothing to refit; prune the model first, and refit it once, before it is "
             "trained"
         )
-    model._refitter.refit(model._removed, *fitted_and_judged(text.input_ids))
+    tokens = _tokens(text, model.network)
+    model._refitter.refit(model._removed, *fitted_and_judged(tokens))
     model._refitter = None  # and with it the dense weights
 
 
@@ -428,6 +499,10 @@ def recover_(
             train, as in ``optimizers``, whose weights are not those of the copy that is trained; or
             the settings ask for what the command alone does.
     """
+    _require_model(model)
+    require_kind("data", data, (str, Path), "'self', the name of a dataset, or a file")
+    require_kind("settings", settings, TrainingSettings, "settings such as lp.Lora(rank=8)")
+    require_kind("teacher", teacher, Model | None, "what load returned for the dense model")
     _check_in_memory(settings)
     if any(trainer.get("optimizers") or ()):
         raise UserError(
@@ -472,7 +547,11 @@ def recover_(
             **trainer,
         )
     if outcome.gained:
-        model.network, model._refitter = network, None  # which has the one before, and the dense
+        # Nothing is to hold the network before, or the dense one, which the refitter has.
+        model.network, model._refitter = network, None
+        model.loaded = model.current
+        if model._surgeon is not None:
+            model._surgeon.model = network
     return outcome
 
 
@@ -496,9 +575,11 @@ def health(model: Model, prompts: Sequence[str] | None = None) -> Health:
     Raises:
         UserError: there is no prompt, or a single text in place of several.
     """
-    if isinstance(prompts, str) or (prompts is not None and not prompts):
+    _require_model(model)
+    texts = own_prompts() if prompts is None else () if isinstance(prompts, str) else (*prompts,)
+    if not texts or not all(isinstance(one, str) for one in texts):
         raise UserError("health is measured on a list of prompts; give some, or None for its own")
-    asked = health_prompts(own_prompts() if prompts is None else prompts, None)
+    asked = health_prompts(texts, None)
     name = "built in" if prompts is None else "given"
     check_prompts(model.current, asked)
     answers = written(asked, lambda: model.current)
@@ -518,6 +599,8 @@ def perplexity(
     Raises:
         UserError: the corpus cannot be read.
     """
+    _require_model(model)
+    require_kind("source", source, (str, Path), "the name of a dataset, or a file")
     asked = PerplexitySettings(protocol=protocol, seq_len=seq_len, max_tokens=max_tokens)
     text = load_evaluation_text(str(source), asked)
     return measure_perplexity(model.network, model.tokenizer, text, asked)

@@ -5,6 +5,9 @@ Every message says what was given, what follows and what to change, in one line.
 
 from __future__ import annotations
 
+from types import UnionType
+from typing import Any
+
 _MOST_PROBLEMS = 100
 
 
@@ -57,3 +60,16 @@ def in_short(error: BaseException) -> str:
     """Return type and text of an error that a library raised, in one line of bounded length."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def require_kind(
+    what: str, value: Any, kind: type | UnionType | tuple[type, ...], instead: str
+) -> None:
+    """Raise UserError unless what was given for an argument is of a kind.
+
+    Args:
+        what: name of the argument.
+        instead: what is to be given.
+    """
+    if not isinstance(value, kind):
+        raise UserError(f"{what} is of type {type(value).__name__}; give {instead}")

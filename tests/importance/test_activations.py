@@ -646,3 +646,71 @@ def test_a_tied_output_layer_reads_the_hidden_channels_too(criterion: str) -> No
         for one in (tied, untied)
     ]
     np.testing.assert_allclose(found[0]["hidden"], found[1]["hidden"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["gates", "tokens", "moments", "gram"])
+def test_what_is_asked_for_where_linear_modules_read_is_seen_there_alone(what: str) -> None:
+    model, discovery = discovered("mixtral")
+    groups = [discovery.group(name) for name in ("layers.0.heads", "layers.0.experts")]
+    found: dict[str, Observation] = {}
+
+    def note(seen: Observation) -> np.ndarray[Any, Any]:
+        found[seen.group.name] = seen
+        return np.zeros(seen.group.size)
+
+    def parts(name: str) -> list[bool]:
+        seen = found[name]
+        grams = [one.gram is not None for one in seen.readings]
+        has = (seen.gates is not None, seen.token_squares is not None, bool(grams), any(grams))
+        return [*has]
+
+    how = Measure({what}, note)  # type: ignore[arg-type]
+    with undisturbed(model):
+        measure(model, tokens(), groups[:1], how, ALONE, None)
+        wanted = found["layers.0.heads"]
+        assert any(parts("layers.0.heads"))
+        how = Measure(frozenset(), note, where_linear=frozenset({what}))
+        measure(model, tokens(), groups, how, ALONE, None)
+    seen = found["layers.0.heads"]
+    assert not any(parts("layers.0.experts"))
+    for mine, other in ((seen.gates, wanted.gates), (seen.token_squares, wanted.token_squares)):
+        assert (mine is None) == (other is None)
+        if mine is not None and other is not None:
+            np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-12)
+    for one, other in zip(seen.readings, wanted.readings, strict=True):
+        np.testing.assert_allclose(one.square, other.square, rtol=1e-5)
+        assert (one.gram is None) == (what != "gram")
+
+
+@pytest.mark.parametrize("needs", [{"moment"}, "moments", ["gates", "grams"]])
+def test_a_criterion_asks_for_what_can_be_seen(needs: Any) -> None:
+    listed = "give a set of gates, tokens, moments, gram"
+    with pytest.raises(UserError, match=f"needs of a criterion is .*; {listed}"):
+        Measure(needs, lambda seen: np.zeros(seen.group.size))
+    with pytest.raises(UserError, match=f"where_linear of a criterion is .*; {listed}"):
+        Measure(frozenset(), lambda seen: np.zeros(seen.group.size), where_linear=needs)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (0.0, r"gives a float of shape \(\) for layers.0.ffn; .* one number for each of its 40"),
+        (np.zeros(39), r"a ndarray of shape \(39,\)"),
+        (np.zeros((1, 40)), r"a ndarray of shape \(1, 40\)"),
+        (None, "a NoneType of shape"),
+        (["a"] * 40, "a list of shape"),
+    ],
+)
+def test_a_criterion_gives_one_number_for_each_unit(
+    value: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scored(value: Any) -> dict[str, np.ndarray[Any, Any]]:
+        monkeypatch.setitem(MEASURES, "gate", Measure(frozenset({"moments"}), lambda _: value))
+        ids, wanted = tokens(), "layers.0.ffn"
+        return score(*discovered("llama"), Criterion("gate"), input_ids=ids, seed=0, groups=wanted)
+
+    with pytest.raises(UserError, match=message):
+        scored(value)
+    found = scored(torch.arange(40))["layers.0.ffn"]
+    assert found.dtype == np.float64
+    assert found[39] == 39

@@ -10,6 +10,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
 
 from fake_discovery import fake_llama, fake_pruned, fake_scores, units
 from llm_pruner.errors import UserError
@@ -531,6 +532,9 @@ TARGETS = [
     ({"ratio": 0.2, "params": 5}, r"exactly one .* got ratio=0\.2, params=5"),
     ({}, "exactly one of unit_ratio, ratio, params, kv_cache; got none"),
     ({"params": 0}, "params=0 keeps nothing"),
+    ({"params": float("nan")}, "params=nan keeps nothing"),
+    ({"params": "5B"}, "params is of type str; give a number"),
+    ({"ratio": "0.2"}, "ratio is of type str; give a number"),
 ]
 
 
@@ -550,6 +554,14 @@ SELECTIONS = [
         "scope='all' is unknown; use local or global",
     ),
     ({"structures": ("ffn",), "round_to": 0}, "round_to=0"),
+    ({"structures": ("heads",), "heads_to": 0}, "heads_to=0 is not a multiple"),
+    ({"structures": ("ffn",), "round_to": 8.0}, "round_to is of type float; give a whole number"),
+    ({"structures": ("ffn",), "spread": "2"}, "spread is of type str; give a number"),
+    ({"structures": ("ffn",), "split": "auto"}, "split is of type str; give a share for each"),
+    ({"structures": ("ffn",), "split": {"ffn": "1"}}, "the share of ffn is of type str"),
+    ({"structures": ("ffn",), "layer_ranges": {"ffn": "0-1"}}, "'0-1' names no layers; give the"),
+    ({"structures": ("ffn",), "layer_ranges": {"ffn": (1,)}}, r"\(1,\) names no layers"),
+    ({"structures": ("ffn",), "layer_ranges": {"ffn": (-1, 1)}}, r"\(-1, 1\) names no layers"),
     ({"structures": ("ffn",), "protect_first": -1}, "cannot be negative"),
     ({"structures": ("ffn",), "layer_ranges": {"heads": (0, 1)}}, "given for heads, which is not"),
 ]
@@ -559,6 +571,29 @@ SELECTIONS = [
 def test_selection_refuses(values, message):
     with pytest.raises(UserError, match=message):
         Selection(**values)
+
+
+def test_what_allocate_takes():
+    discovery = fake_llama(4)
+    scores, target = fake_scores(discovery), Target(ratio=0.1)
+    wanted = allocate(discovery, scores, Selection(("ffn",)), target)
+    for same in (
+        {name: values.tolist() for name, values in scores.items()},
+        {name: torch.from_numpy(values) for name, values in scores.items()},
+    ):
+        found = allocate(discovery, same, Selection("ffn"), target)
+        assert found.keys() == wanted.keys()
+        assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+    words = {name: ["much"] * len(values) for name, values in scores.items()}
+    for given, message in (
+        ((None, scores, Selection("ffn"), target), "discovery is of type NoneType; give what disc"),
+        ((discovery, None, Selection("ffn"), target), "scores is of type NoneType; give importan"),
+        ((discovery, scores, "ffn", target), "selection is of type str; give one such as lp.Sel"),
+        ((discovery, scores, Selection("ffn"), 0.1), "target is of type float; give one such as"),
+        ((discovery, words, Selection("ffn"), target), "importance of layers.3.ffn is not a numb"),
+    ):
+        with pytest.raises(UserError, match=message):
+            allocate(*given)
 
 
 CHOICES = [

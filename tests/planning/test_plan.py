@@ -295,3 +295,10 @@ def test_explain_gives_kept_sizes_by_layer():
     # Key-value head 0 takes its two query heads along; three others lose one each.
     assert rows[3].sizes["heads"] == (3, 4)
     assert rows[3].sizes["query_heads"] == (3, 8)
+
+
+def test_a_plan_is_read_from_the_home_folder(monkeypatch, tmp_path):
+    plan = make_plan({"layers.0.ffn": units(0, 1)})
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_plan("~/plan.json") == plan

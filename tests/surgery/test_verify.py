@@ -29,7 +29,7 @@ from llm_pruner.settings.common import ModelSettings
 from llm_pruner.surgery import cut as surgery
 from llm_pruner.surgery import pruner, verify
 from llm_pruner.surgery.cut import cut_, cut_copy
-from llm_pruner.surgery.twin import pruned_logits, twin_logits
+from llm_pruner.surgery.twin import joined, pruned_logits, run_twin, twin_logits
 from llm_pruner.surgery.verify import (
     cut_verified_,
     find_culprits,
@@ -153,8 +153,9 @@ def test_twin_leaves_the_model_as_it_was(name: str) -> None:
 def test_twin_leaves_the_model_as_it_was_after_an_error() -> None:
     model, discovery = discovered("llama")
     before = copy.deepcopy(model.state_dict())
+    scene = replace(discovery.graph.scenes[0], tokens=torch.full((1, 4), 1000))
     with pytest.raises(IndexError):
-        twin_logits(model, discovery, pick(discovery), tokens=torch.full((1, 4), 1000))
+        joined(run_twin(model, discovery, pick(discovery), [scene]))
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
 

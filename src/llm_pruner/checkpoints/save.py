@@ -19,9 +19,10 @@ from transformers.utils import logging as transformers_logging
 from llm_pruner.checkpoints import meta, quantizer, remote_code
 from llm_pruner.checkpoints.reshape import Recipe, compose, from_json, to_json
 from llm_pruner.checkpoints.stock_config import accepted, layer_values, stock_config
-from llm_pruner.errors import LLMPrunerError, NeedsMemory, UserError
-from llm_pruner.files.disk import folder_bytes, umask
+from llm_pruner.errors import LLMPrunerError, NeedsMemory, UserError, require_kind
+from llm_pruner.files.disk import expanded, folder_bytes, umask
 from llm_pruner.files.outputs import atomic_directory, bytes_of, check_shard_size
+from llm_pruner.models.forward import module_of
 from llm_pruner.models.layers import names_in_float32
 from llm_pruner.models.older_code import is_own_code
 from llm_pruner.models.streaming import (
@@ -116,7 +117,12 @@ def save_checkpoint(
         OSError: the disk is full, or the like.
         LLMPrunerError: the edits do not lead from the dense config to this model.
     """
+    model = module_of(model)
+    require_kind("model", model, PreTrainedModel, "a model of transformers")
+    require_kind("edits", edits, Edits, "what prune_ returned of a module; Edits() if it is whole")
+    require_kind("plan_json", plan_json, str | None, "plan.to_json()")
     check_shard_size(max_shard_size)
+    out = expanded(out)
     dense_config = dense_config or model.config
     own, own_class = model.config, type(model)
     with atomic_directory(out, overwrite) as folder:

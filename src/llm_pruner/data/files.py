@@ -6,6 +6,7 @@ Among them the seven zero-shot tasks of the paper as local JSON lines, checked r
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -304,7 +305,7 @@ def is_file_name(source: str) -> bool:
     """
     path = expanded(source)
     return (
-        (path.exists() and not (path.is_dir() and source.partition(":")[0] in _ALIASES))
+        (os.path.exists(path) and not (path.is_dir() and source.partition(":")[0] in _ALIASES))
         or path.suffix.lower() in (*SUFFIXES, *_FOREIGN)
         or source.startswith((".", "/", "~"))
         or "\\" in source
@@ -336,8 +337,9 @@ def read_source(
         file = expanded(source)
         return file.name, None, read_rows(file)
     if not _NAME.fullmatch(source):
+        shown = source if len(source) <= 80 else f"{source[:80]}..."
         raise UserError(
-            f"{source!r} is neither a local file nor a dataset name; use the path of a {_KNOWN} "
+            f"{shown!r} is neither a local file nor a dataset name; use the path of a {_KNOWN} "
             f"file, a hub name, or one of {', '.join(_ALIASES)}"
         )
     if limit is None and is_endless(source):

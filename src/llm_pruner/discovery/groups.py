@@ -24,7 +24,8 @@ from llm_pruner.discovery.tracing.run import (
 )
 from llm_pruner.discovery.tracing.scenes import Forward, is_of_transformers, scenes_of
 from llm_pruner.discovery.tracing.trace import Role
-from llm_pruner.errors import DiscoveryError, InfeasibleError, UserError
+from llm_pruner.errors import DiscoveryError, InfeasibleError
+from llm_pruner.models.forward import module_of, token_ids
 from llm_pruner.types import (
     Companion,
     Discovery,
@@ -51,12 +52,11 @@ def discover(
 
     Raises:
         DiscoveryError: the model could not be run or has no token embedding.
-        UserError: the tokens have another shape.
+        UserError: the tokens have another shape or are none of the model's; or it is no module.
     """
-    if tokens is not None and tokens.ndim != 2:
-        raise UserError(
-            f"tokens has the shape {tuple(tokens.shape)}; give token ids of shape (batch, sequence)"
-        )
+    model = module_of(model)
+    if tokens is not None:
+        tokens = token_ids(tokens, model)
     plain = forward is forward_with_cache
     vocabulary = vocabulary_size(model, None if plain else forward)
     scenes = scenes_of(model, forward, vocabulary, tokens)

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from llm_pruner.errors import UserError
+from llm_pruner.errors import UserError, require_kind
 from llm_pruner.files.disk import (
     can_move,
     expanded,
@@ -401,6 +401,7 @@ def free_bytes(path: Path) -> int:
 
 def check_shard_size(size: str) -> None:
     """Raise UserError unless ``size`` is one such as ``5GB`` that a weight file can have."""
+    require_kind("max_shard_size", size, str, "a size such as 5GB")
     if bytes_of(size) < 1:
         raise UserError(
             f"--max-shard-size {size[:40]!r} is no size of a file; use a number above 0 with KB, "

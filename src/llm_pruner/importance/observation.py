@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from llm_pruner.errors import UserError
 from llm_pruner.models.consumers import Consumer
 from llm_pruner.types import FloatArray, Group
 
@@ -77,6 +78,10 @@ class Observation:
     token_squares: FloatArray | None = None
 
 
+OBSERVED = ("gates", "tokens", "moments", "gram")
+"""What a criterion may ask for."""
+
+
 @dataclass(frozen=True)
 class Measure:
     """A criterion on one group's observation.
@@ -85,11 +90,42 @@ class Measure:
         needs: what must be observed, of ``gates``, ``tokens``, ``moments`` and ``gram``.
         where_linear: what is observed besides, of groups that linear modules alone read.
         formula: observation -> importance per unit, shape (units,); higher means keep.
+
+    Raises:
+        UserError: something else is to be observed.
     """
 
     needs: frozenset[str]
     formula: Callable[[Observation], FloatArray]
     where_linear: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        for field in ("needs", "where_linear"):
+            asked = getattr(self, field)
+            if isinstance(asked, str) or not {*asked} <= {*OBSERVED}:
+                raise UserError(
+                    f"{field} of a criterion is {asked!r}; give a set of {', '.join(OBSERVED)}"
+                )
+            object.__setattr__(self, field, frozenset(asked))
+
+    def values(self, seen: Observation) -> FloatArray:
+        """Return the importance of a group's units, shape (units,), by the formula.
+
+        Raises:
+            UserError: it gives something else.
+        """
+        found = self.formula(seen)
+        try:
+            values = np.asarray(found, dtype=np.float64)
+        except (TypeError, ValueError, RuntimeError):  # no numbers, or not in memory
+            values = np.empty(())
+        if values.shape != (seen.group.size,):
+            raise UserError(
+                f"the formula of the criterion gives a {type(found).__name__} of shape "
+                f"{np.shape(values)} for {seen.group.name}; have it return an array of one number "
+                f"for each of its {seen.group.size} units"
+            )
+        return values
 
     @property
     def reads_inputs(self) -> bool:

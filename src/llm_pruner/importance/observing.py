@@ -205,7 +205,9 @@ class _Watch(Collector):
         self._gates = {
             group.name: np.zeros((samples, segments, group.size))
             for group in groups
-            if {"gates", "tokens"} & how.needs or group.kind == "layers"
+            if {"gates", "tokens"} & self._where_linear
+            or group.name in self._unseen
+            or group.kind == "layers"
         }
         # Of the batch that is going through a block, and of those before it.
         self._batch_squares: dict[str, FloatArray] = {}
@@ -324,10 +326,10 @@ class _Watch(Collector):
         """Add inputs and their gradients, which are ``factor`` times those given."""
         for path, value, gradient in seen:
             value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
-            if gradient is not None and {"gates", "tokens"} & self._needs:
+            if gradient is not None and {"gates", "tokens"} & self._where_linear:
                 product = value * gradient
                 self._add_gates(path, part, product, factor)
-                if "tokens" in self._needs:
+                if "tokens" in self._where_linear:
                     self._add_tokens(path, product.flatten(0, -2), factor)
             if path in self._summed:
                 self._of_batch(path).add(value.flatten(0, -2))
@@ -350,7 +352,7 @@ class _Watch(Collector):
         gates = [torch.from_numpy(self._gates[group][batch]) for group in order]
         squares = [
             torch.from_numpy(self._batch_squares.pop(group, np.zeros(self._gates[group].shape[2])))
-            for group in (order if "tokens" in self._needs else ())
+            for group in (order if "tokens" in self._where_linear else ())
         ]
         sums = {path: self._of_batch(path) for path in paths if path in self._summed}
         for path in sums:
@@ -444,7 +446,7 @@ class _Watch(Collector):
             squares = self._token_squares.get(group.name)
             seen = Observation(
                 group,
-                gates=gates if "gates" in self._needs else None,
+                gates=gates if "gates" in (self._where_linear if read else self._needs) else None,
                 token_squares=squares if read else None,
                 readings=tuple(
                     self._reading(one)
@@ -453,7 +455,7 @@ class _Watch(Collector):
                 ),
             )
             blind = self._how.reads_inputs and not seen.readings  # its readers saw no token
-            self.found[group.name] = np.zeros(group.size) if blind else self._how.formula(seen)
+            self.found[group.name] = np.zeros(group.size) if blind else self._how.values(seen)
         for module in {one.module for found in consumers.values() for one in found}:
             self._moments.pop(module, None)
 

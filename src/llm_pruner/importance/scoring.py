@@ -17,7 +17,7 @@ from llm_pruner.importance.criteria import MEASURES, Criterion
 from llm_pruner.importance.observing import last_members, measure
 from llm_pruner.importance.taylor import Sums, reduced, taylor_sums
 from llm_pruner.models.activation_store import HiddenStates
-from llm_pruner.models.forward import input_embedding, undisturbed
+from llm_pruner.models.forward import token_ids, undisturbed
 from llm_pruner.models.streaming import values_of
 from llm_pruner.runtime.processes import ALONE, Processes
 from llm_pruner.settings.options import near
@@ -108,7 +108,9 @@ def _choose(
     if names is None:
         scored = [group for group in discovery.groups if group.frozen is None]
         return [group for group in scored if criterion.scores_layers or not group.modules]
-    known, names = [group.name for group in discovery.groups], [*names]
+    known = [group.name for group in discovery.groups]
+    names = [names] if isinstance(names, str | Group) else [*names]
+    names = [one.name if isinstance(one, Group) else one for one in names]
     for name in names:
         if name not in known:
             raise UserError(
@@ -128,16 +130,9 @@ def _random(group: Group, seed: int) -> FloatArray:
 @contextmanager
 def _seen(model: nn.Module, input_ids: torch.Tensor | None, name: str) -> Iterator[torch.Tensor]:
     """Yield calibration tokens beside the model, which gives gradients and is left as it was."""
-    text = _require_text(input_ids, name)
-    table = getattr(input_embedding(model), "weight", None)
-    least, most = (int(one) for one in torch.aminmax(text))
-    if table is not None and not 0 <= least <= most < len(table):
-        raise UserError(
-            f"token ids run from {least} to {most} and the model has {len(table)} tokens; use the "
-            "tokenizer that belongs to the model"
-        )
+    text = _require_text(input_ids, name, model)
     with undisturbed(model), torch.inference_mode(False), torch.enable_grad():
-        yield text.detach().to(next(model.parameters()).device, torch.long)
+        yield text.detach().to(next(model.parameters()).device)
 
 
 def _layer_parameters(model: nn.Module, module: str) -> list[str]:
@@ -175,14 +170,10 @@ def _magnitude_sums(parameters: Mapping[str, nn.Parameter], name: str) -> dict[s
     return sums
 
 
-def _require_text(input_ids: torch.Tensor | None, name: str) -> torch.Tensor:
+def _require_text(input_ids: torch.Tensor | None, name: str, model: nn.Module) -> torch.Tensor:
     if input_ids is None:
         raise UserError(f"criterion {name!r} needs calibration text and got none; give some, or l2")
-    if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.is_complex():
-        raise UserError(
-            f"calibration tokens of shape {tuple(input_ids.shape)} and type {input_ids.dtype} "
-            "cannot be scored; give integers of shape (samples, seq_len)"
-        )
+    input_ids = token_ids(input_ids, model)
     if input_ids.shape[0] < 1 or input_ids.shape[1] < 2:
         raise UserError(
             f"calibration of {input_ids.shape[0]} samples x {input_ids.shape[1]} tokens predicts "

@@ -16,11 +16,53 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from llm_pruner.errors import DiscoveryError, UserError
+from llm_pruner.errors import DiscoveryError, UserError, require_kind
 
 _STATES = re.compile("hidden|state|cache|key|attention|mem")
 
 _needs_targets: WeakSet[nn.Module] = WeakSet()
+
+
+def module_of(model: Any) -> nn.Module:
+    """Return a module as it is, and of what `load` returned the network.
+
+    Raises:
+        UserError: it is neither.
+    """
+    for held in ("network", "model"):
+        if not isinstance(model, nn.Module):
+            model = getattr(model, held, model)
+    require_kind("model", model, nn.Module, "what load returned, or an nn.Module")
+    return model
+
+
+def token_ids(given: Any, model: nn.Module) -> torch.Tensor:
+    """Return the token ids in a tensor, an array or lists, shape (samples, tokens).
+
+    Raises:
+        UserError: they are no integers, of another shape, or none of the model's tokens.
+    """
+    try:
+        # Whatever the default device is.
+        ids = given if isinstance(given, torch.Tensor) else torch.as_tensor(given, device="cpu")
+    except (TypeError, ValueError, RuntimeError):  # no numbers, or lists of several lengths
+        ids = torch.empty(0)
+        said = f"in a {type(given).__name__}"
+    else:
+        said = f"of shape {tuple(ids.shape)} and type {ids.dtype}"
+    if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise UserError(
+            f"token ids {said} cannot be read; give integers of shape (samples, tokens)"
+        )
+    ids = ids.long()
+    table = getattr(input_embedding(model), "weight", None)
+    least, most = (int(one) for one in torch.aminmax(ids)) if ids.numel() else (0, 0)
+    if table is not None and not 0 <= least <= most < len(table):
+        raise UserError(
+            f"token ids run from {least} to {most} and the model has {len(table)} tokens; use the "
+            "tokenizer that belongs to the model"
+        )
+    return ids
 
 
 def find_logits(output: Any, depth: int = 3) -> torch.Tensor | None:

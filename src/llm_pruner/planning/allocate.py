@@ -23,7 +23,7 @@ from functools import partial
 
 import numpy as np
 
-from llm_pruner.errors import PlanError, UserError
+from llm_pruner.errors import PlanError, UserError, require_kind
 from llm_pruner.planning.candidates import AllCandidates, Candidates, find_candidates
 from llm_pruner.planning.constraints import check, whole
 from llm_pruner.planning.costs import Cost
@@ -71,6 +71,10 @@ def allocate(
             `choose_groups` refuses.
         PlanError: a breach of the rules that `planning.constraints.check` lists.
     """
+    require_kind("discovery", discovery, Discovery, "what discover returned")
+    require_kind("scores", scores, Mapping, "importance by the name of each group")
+    require_kind("selection", selection, Selection, "one such as lp.Selection(('ffn',))")
+    require_kind("target", target, Target, "one such as lp.Target(ratio=0.2)")
     numbering = numbering or Numbering.dense(discovery)
     cost = cost or _parameters(discovery, numbering, target)
     candidates = find_candidates(discovery, scores, selection, numbering, cost)

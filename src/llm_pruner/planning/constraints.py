@@ -155,11 +155,14 @@ def _check_companions(
 
 def scores_of(group: Group, scores: Scores) -> FloatArray:
     """Return the importance of a group's units, shape (size,); UserError unless that is given."""
-    values = scores.get(group.name)
-    if values is None:
+    if (found := scores.get(group.name)) is None:
         raise UserError(
             f"there is no importance for {group.name}; use a criterion that scores {group.kind}"
         )
+    try:
+        values = np.asarray(found, dtype=np.float64)
+    except (TypeError, ValueError):
+        values = np.full(group.size, np.nan)
     if values.shape != (group.size,):
         raise UserError(
             f"importance of {group.name} has shape {values.shape}, not one value for each of its "

@@ -15,11 +15,11 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from llm_pruner.errors import PlanError, UserError
-from llm_pruner.files.disk import parse_json, read_text, short_digest
+from llm_pruner.errors import PlanError, UserError, require_kind
+from llm_pruner.files.disk import expanded, parse_json, read_text, short_digest
 from llm_pruner.files.ranges import MOST_UNITS, format_ranges, parse_ranges
 from llm_pruner.planning.constraints import check
-from llm_pruner.surgery.removal import count_parameters
+from llm_pruner.surgery.removal import checked_removal, count_parameters
 from llm_pruner.types import Discovery, IntArray, Removal
 
 FORMAT_VERSION: Literal[2] = 2
@@ -90,7 +90,12 @@ class Plan(_Strict):
         settings: Mapping[str, Any] | None = None,
         text: str | None = None,
     ) -> Plan:
-        """Return the Plan of a removal in dense numbering; ``discovery`` is the dense model's."""
+        """Return the Plan of a removal in dense numbering; ``discovery`` is the dense model's.
+
+        Raises:
+            InfeasibleError: a group is unknown, or has no such units.
+        """
+        removal = checked_removal(discovery, removal)
         return cls(
             format_version=FORMAT_VERSION,
             package_version=package_version,
@@ -192,10 +197,11 @@ def read_plan(source: str | Path) -> Plan:
 
     Raises UserError if it is no JSON file (with line and column), PlanError for all wrong fields.
     """
+    require_kind("source", source, (str, Path), "the path of a plan.json, or its text")
     written = isinstance(source, str) and source.lstrip().startswith("{")
     where = "the plan" if written else f"plan {source}"
     try:
-        text = str(source) if written else read_text(Path(source))
+        text = str(source) if written else read_text(expanded(source))
         data = parse_json(text, object_pairs_hook=_no_repeats)
     except json.JSONDecodeError as error:
         raise UserError(

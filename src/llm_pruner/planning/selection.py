@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 import numpy as np
 
-from llm_pruner.errors import UserError
+from llm_pruner.errors import UserError, require_kind
 from llm_pruner.planning.numbering import Numbering
 from llm_pruner.settings.limits import MOST, check_number
 from llm_pruner.settings.words import STRUCTURES, known_structure
@@ -33,6 +34,9 @@ class Target:
             (0, 1).
         loose: an intermediate goal of several steps: take the nearest that can be reached
             (removing nothing included) where a final goal would raise.
+
+    Raises:
+        UserError: none or several are set, or what is set is no such number.
     """
 
     unit_ratio: float | None = None
@@ -48,11 +52,12 @@ class Target:
                 f"the target needs exactly one of {', '.join(_KINDS)}; got {str(self) or 'none'}"
             )
         ((name, value),) = given.items()
+        require_kind(name, value, Real, "a number")
         if name != "params" and not 0 < value < 1:
             raise UserError(
                 f"{name}={value} is outside (0, 1); give the share to remove, such as 0.2"
             )
-        if name == "params" and value < 1:
+        if name == "params" and not value >= 1:
             raise UserError(f"params={value} keeps nothing; give the number to keep")
 
     def _given(self) -> dict[str, float]:
@@ -84,7 +89,7 @@ class Selection:
     """Which units compete, and how.
 
     Attributes:
-        structures: kinds to prune, of `STRUCTURES`.
+        structures: kinds to prune, of `STRUCTURES`, or one.
         scope: ``local`` ranks inside each group and takes the same share from each; ``global``
             ranks the units of all chosen groups together by importance per removed parameter.
         protect_first: decoder layers at the start that stay whole.
@@ -102,6 +107,9 @@ class Selection:
             would be kept, all steps together; None for no limit.
         uniform: groups of one structure keep the same number of units in all layers, so that a
             plain config can say the sizes; with ``local`` and without protection or ranges.
+
+    Raises:
+        UserError: one of these has no such value.
     """
 
     structures: tuple[str, ...]
@@ -116,6 +124,9 @@ class Selection:
     uniform: bool = False
 
     def __post_init__(self) -> None:
+        given: object = self.structures
+        if isinstance(given, str):
+            object.__setattr__(self, "structures", (given,))
         if not self.structures:
             raise UserError(f"no structures given; choose from {', '.join(STRUCTURES)}")
         for name in self.structures:
@@ -124,21 +135,32 @@ class Selection:
                 raise UserError(f"structure {name!r} is given twice; name it once")
         if self.scope not in get_args(Scope):
             raise UserError(f"scope={self.scope!r} is unknown; use local or global")
+        for name in ("protect_first", "protect_last", "round_to", "heads_to"):
+            require_kind(name, getattr(self, name), Integral, "a whole number")
+        require_kind("spread", self.spread, Real | None, "a number, such as 2")
+        shares = "a share for each structure, such as {'heads': 0.3, 'ffn': 0.7}"
+        require_kind("split", self.split, Mapping | None, shares)
         if self.protect_first < 0 or self.protect_last < 0:
             raise UserError(
                 f"protect_first={self.protect_first}, protect_last={self.protect_last}: "
                 "a number of layers cannot be negative"
             )
-        if self.round_to < 1:
-            raise UserError(
-                f"round_to={self.round_to} is not a multiple to round to; use 1 or more"
-            )
-        check_number("round_to", self.round_to, 1, 2**20)
+        for name, multiple in (("round_to", self.round_to), ("heads_to", self.heads_to)):
+            if multiple < 1:
+                raise UserError(f"{name}={multiple} is not a multiple to round to; use 1 or more")
+            check_number(name, multiple, 1, 2**20)
         for name in self.layer_ranges:
             if name not in self.structures:
                 raise UserError(
                     f"a layer range is given for {name}, which is not pruned; add it to the "
                     f"structures ({', '.join(self.structures)}) or drop the range"
+                )
+            ends = self.layer_ranges[name]
+            numbers = isinstance(ends, tuple | list) and all(isinstance(n, Integral) for n in ends)
+            if not numbers or len(ends) != 2 or min(ends) < 0:
+                raise UserError(
+                    f"layer range {name}={ends!r} names no layers; give the first and the last, "
+                    "counted from 0, such as (0, 11)"
                 )
         protects = self.protect_first > 0 or self.protect_last > 0
         if self.uniform and (self.scope != "local" or self.layer_ranges or protects):
@@ -161,6 +183,7 @@ class Selection:
                     f"a share is given for {name}, which is not pruned; add it to the structures "
                     f"({', '.join(self.structures)}) or drop the share"
                 )
+            require_kind(f"the share of {name}", share, Real, "a number")
             if not 0 <= share <= 1:
                 raise UserError(f"share {name}={share} is outside 0 to 1; give a part of 1")
         missing = [name for name in self.structures if name not in split]

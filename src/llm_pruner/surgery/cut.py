@@ -24,8 +24,8 @@ from llm_pruner.models.layers import (
     sharing_copy,
 )
 from llm_pruner.models.streaming import cut_parameter, is_model_streamed, is_streamed
-from llm_pruner.settings.options import near
 from llm_pruner.surgery.removal import (
+    checked_removal,
     kept_shapes,
     removed_modules,
     removed_positions,
@@ -49,7 +49,9 @@ def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edit
         InfeasibleError: the model's code cannot express the sizes, a group is frozen or has no such
             units, or the model is not the one that was traced; names the groups.
     """
-    _require_units(discovery, removal)
+    for name, units in checked_removal(discovery, removal).items():
+        if problems := unit_problems(discovery.group(name), units):
+            raise InfeasibleError(f"{name}: {'; '.join(problems)}")
     if changed := changed_since(model, discovery):
         raise InfeasibleError(f"{changed}: run discover again on the model as it is now")
     _require_buffers(model, discovery, removal)
@@ -90,17 +92,6 @@ def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edit
         attributes={name: dict(found) for name, found in sorted(values.items()) if found},
         layers=layers,
     )
-
-
-def _require_units(discovery: Discovery, removal: Removal) -> None:
-    names = [group.name for group in discovery.groups]
-    for name, units in removal.items():
-        if name not in names:
-            raise InfeasibleError(
-                f"{name} is no group of this model; {near(name, names)}discover lists them"
-            )
-        if problems := unit_problems(discovery.group(name), units):
-            raise InfeasibleError(f"{name}: {'; '.join(problems)}")
 
 
 def _require_choices(discovery: Discovery, removal: Removal) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from llm_pruner.errors import InfeasibleError, require_kind
 from llm_pruner.files.ranges import format_ranges
+from llm_pruner.settings.options import near
 from llm_pruner.types import Discovery, Group, IntArray, Removal
 
 
@@ -16,28 +20,80 @@ def unit_problems(group: Group, units: IntArray) -> list[str]:
         return []
     if group.frozen is not None:
         return [f"cannot lose units: {group.frozen}"]
+    if problems := _naming_problems(group, units):
+        return problems
+    left = group.size - len(units)
+    if left == 0:
+        return [f"removes all {group.size} units; at least one must stay"]
+    if left < group.least:
+        return [
+            f"leaves {left} units, but the model chooses {group.least} of them for every token; "
+            f"keep at least {group.least}"
+        ]
+    if left % group.multiple:
+        return [
+            f"leaves {left} units, but the model's grouped products need a multiple of "
+            f"{group.multiple}; remove more or fewer"
+        ]
+    return []
+
+
+def _naming_problems(group: Group, units: IntArray) -> list[str]:
+    """Return why numbers, in any order, name no units of a group, each once; empty if they do."""
     problems: list[str] = []
     values, times = np.unique(units, return_counts=True)
     if np.any(times > 1):
         problems.append(f"duplicate units {format_ranges(values[times > 1])}")
     outside = values[(values < 0) | (values >= group.size)]
-    left = group.size - len(values)
     if len(outside):
         shown = ", ".join(str(unit) for unit in outside[:5]) + (", ..." if len(outside) > 5 else "")
         problems.append(f"units out of range ({shown}); it has 0 to {group.size - 1}")
-    elif left == 0:
-        problems.append(f"removes all {group.size} units; at least one must stay")
-    elif left < group.least:
-        problems.append(
-            f"leaves {left} units, but the model chooses {group.least} of them for every token; "
-            f"keep at least {group.least}"
-        )
-    elif left % group.multiple:
-        problems.append(
-            f"leaves {left} units, but the model's grouped products need a multiple of "
-            f"{group.multiple}; remove more or fewer"
-        )
     return problems
+
+
+def checked_removal(discovery: Discovery, removal: Mapping[str, Any]) -> dict[str, IntArray]:
+    """Return a removal that a person wrote as one whose units are sorted arrays of integers.
+
+    Whether the groups can lose these units is not looked at, see ``unit_problems``.
+
+    Args:
+        removal: group name -> units: integers in any collection, or a mask of shape (size,) that is
+            true for those that go.
+
+    Raises:
+        InfeasibleError: a group is unknown, or has no such units.
+        UserError: an argument is of another kind.
+    """
+    require_kind("discovery", discovery, Discovery, "what discover returned")
+    way = "the units of each group by its name, such as plan.removal(groups)"
+    require_kind("removal", removal, Mapping, way)
+    found: dict[str, IntArray] = {}
+    for name, units in removal.items():
+        if name not in discovery.by_name:
+            close = near(str(name), discovery.by_name)
+            raise InfeasibleError(f"{name} is no group of this model; {close}discover lists them")
+        group = discovery.by_name[name]
+        found[name] = _numbers(group, units)
+        if problems := _naming_problems(group, found[name]):
+            raise InfeasibleError(f"{name}: {'; '.join(problems)}")
+    return found
+
+
+def _numbers(group: Group, units: Any) -> IntArray:
+    """Return units in any collection, or the places where a mask is true, sorted."""
+    try:
+        values = np.array(units.tolist() if hasattr(units, "tolist") else [*units])
+    except (TypeError, ValueError):  # no collection, or one of lists of several lengths
+        values = np.array(None)
+    if values.dtype == bool and values.shape == (group.size,):
+        return np.flatnonzero(values)
+    if values.ndim == 1 and (values.dtype.kind in "iu" or not len(values)):
+        return np.sort(values.astype(np.int64))
+    shown = " ".join(repr(units).split())
+    raise InfeasibleError(
+        f"{group.name}: {shown[:40]}{'...' if len(shown) > 40 else ''} names no units; give whole "
+        f"numbers, such as [0, 3], or a mask of {group.size} truth values"
+    )
 
 
 def removed_positions(discovery: Discovery, removal: Removal) -> dict[tuple[str, int], IntArray]:
@@ -77,6 +133,13 @@ def kept_shapes(discovery: Discovery, removal: Removal) -> dict[str, tuple[int, 
 
 
 def count_parameters(discovery: Discovery, removal: Removal | None = None) -> int:
-    """Return the number of parameters left, tied weights counted once."""
-    shapes = kept_shapes(discovery, removal or {})
+    """Return the number of parameters left, tied weights counted once.
+
+    Args:
+        removal: group name -> units, in any collection, or a mask; None for none.
+
+    Raises:
+        InfeasibleError: a group is unknown, or has no such units.
+    """
+    shapes = kept_shapes(discovery, checked_removal(discovery, {} if removal is None else removal))
     return sum(math.prod(shape) for shape in shapes.values())

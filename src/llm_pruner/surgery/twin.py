@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any, TypeAlias
@@ -22,6 +23,7 @@ from torch import nn
 from llm_pruner.discovery.tracing.calls import hidden_in
 from llm_pruner.discovery.tracing.ops import Call, Operation
 from llm_pruner.discovery.tracing.run import (
+    changed_since,
     in_view,
     label_model,
     named_tensors,
@@ -32,10 +34,15 @@ from llm_pruner.discovery.tracing.run import (
 from llm_pruner.discovery.tracing.scenes import Scene, few, staged, unwritten
 from llm_pruner.discovery.tracing.trace import Trace
 from llm_pruner.discovery.tracing.tracer import Tracer
-from llm_pruner.errors import VerificationError
+from llm_pruner.errors import InfeasibleError, VerificationError, require_kind
+from llm_pruner.models.forward import module_of, token_ids
 from llm_pruner.models.lockstep import Job, Outcome, Side, in_step, result_of, together
 from llm_pruner.models.streaming import is_streamed, zeroed
-from llm_pruner.surgery.removal import removed_modules, removed_positions
+from llm_pruner.surgery.removal import (
+    checked_removal,
+    removed_modules,
+    removed_positions,
+)
 from llm_pruner.types import Discovery, IntArray, Removal
 
 Flags: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
@@ -153,14 +160,22 @@ def twin_logits(
 
     Args:
         model: the dense model that was traced; it comes back unchanged.
+        removal: group name -> units, in any collection, or a mask that is true for them.
         tokens: token ids (batch, sequence) for the first way in which the model was traced; by
             default it is run in all of them, on seeded random ones.
 
     Returns:
         One tensor (batch, tokens of the call, vocabulary) per call of the model.
+
+    Raises:
+        InfeasibleError: a group is unknown, or has no such units; or another model was
+            traced, or this one before it was cut.
+        UserError: an argument is of another kind; or the tokens are none of the model's.
     """
-    scenes = discovery.graph.scenes[: None if tokens is None else 1]
-    return joined(run_twin(model, discovery, removal, scenes, tokens))
+    model, removal = module_of(model), checked_removal(discovery, removal)
+    if changed := changed_since(model, discovery):
+        raise InfeasibleError(f"{changed}: run discover again on the model as it is now")
+    return joined(run_twin(model, discovery, removal, _scenes(model, discovery, tokens)))
 
 
 def pruned_logits(
@@ -170,9 +185,19 @@ def pruned_logits(
 
     Raises:
         VerificationError: the model cannot run.
+        UserError: an argument is of another kind; or the tokens are none of the model's.
     """
-    scenes = discovery.graph.scenes[: None if tokens is None else 1]
-    return joined(run_pruned(model, scenes, tokens))
+    model = module_of(model)
+    return joined(run_pruned(model, _scenes(model, discovery, tokens)))
+
+
+def _scenes(
+    model: nn.Module, discovery: Discovery, tokens: torch.Tensor | None
+) -> tuple[Scene, ...]:
+    """Return the ways in which a model was traced, or the first one on these tokens."""
+    require_kind("discovery", discovery, Discovery, "what discover returned")
+    scenes: tuple[Scene, ...] = discovery.graph.scenes
+    return scenes if tokens is None else (replace(scenes[0], tokens=token_ids(tokens, model)),)
 
 
 def joined(outcomes: Iterable[Outcome[Logits]]) -> Logits:
@@ -184,19 +209,16 @@ def run_twin(
     discovery: Discovery,
     removal: Removal,
     scenes: Sequence[Scene],
-    tokens: torch.Tensor | None = None,
 ) -> list[Outcome[Logits]]:
-    """Run scenes, on seeded random tokens by default, with the removed units silenced."""
-    jobs = _jobs(partial(_twin_scene, discovery, removal), model, scenes, tokens)
+    """Run scenes with the removed units silenced."""
+    jobs = _jobs(partial(_twin_scene, discovery, removal), model, scenes)
     with in_view(model), _silenced(model, discovery, removal):
         return [*in_step(model, jobs, "verify: twin")]
 
 
-def run_pruned(
-    model: nn.Module, scenes: Sequence[Scene], tokens: torch.Tensor | None = None
-) -> Iterator[Outcome[Logits]]:
-    """Run scenes, on the same tokens by default."""
-    return in_step(model, _jobs(_pruned_scene, model, scenes, tokens), "verify: pruned")
+def run_pruned(model: nn.Module, scenes: Sequence[Scene]) -> Iterator[Outcome[Logits]]:
+    """Run scenes on the same tokens."""
+    return in_step(model, _jobs(_pruned_scene, model, scenes), "verify: pruned")
 
 
 def run_both(
@@ -207,8 +229,8 @@ def run_both(
     scenes: Sequence[Scene],
 ) -> tuple[list[Outcome[Logits]], list[Outcome[Logits]]]:
     """Run streamed models as ``run_twin`` and ``run_pruned`` do, with half the reads."""
-    twin = _jobs(partial(_twin_scene, discovery, removal), dense, scenes, None)
-    pruned = _jobs(_pruned_scene, model, scenes, None)
+    twin = _jobs(partial(_twin_scene, discovery, removal), dense, scenes)
+    pruned = _jobs(_pruned_scene, model, scenes)
     # Only the twin is to be in view.
     sides = [Side(dense, twin, partial(in_view, dense)), Side(model, pruned)]
     with _silenced(dense, discovery, removal):
@@ -220,10 +242,8 @@ def _jobs(
     run: Callable[[Scene, torch.Tensor, nn.Module], Logits],
     model: nn.Module,
     scenes: Sequence[Scene],
-    tokens: torch.Tensor | None,
 ) -> list[Job[Logits]]:
-    given = [tokens_of(model, one, seed=1) if tokens is None else tokens for one in scenes]
-    return [partial(run, *one) for one in zip(scenes, given, strict=True)]
+    return [partial(run, one, tokens_of(model, one, seed=1)) for one in scenes]
 
 
 def _twin_scene(

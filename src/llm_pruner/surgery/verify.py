@@ -30,7 +30,7 @@ from llm_pruner.models.streaming import (
 from llm_pruner.runtime.memory import free_bytes
 from llm_pruner.runtime.precision import exact_products
 from llm_pruner.surgery.cut import Undo, cut_, plan_edits
-from llm_pruner.surgery.removal import removed_positions
+from llm_pruner.surgery.removal import checked_removal, removed_positions
 from llm_pruner.surgery.twin import Logits, joined, run_both, run_pruned, run_twin
 from llm_pruner.types import Discovery, Edits, Removal, bound_to
 
@@ -72,7 +72,7 @@ def prune_(
     Args:
         model: the model that was traced.
         discovery: what was found in it.
-        removal: group name -> units.
+        removal: group name -> units, in any collection, or a mask that is true for them.
         verify: compare the result with the masked dense model, see ``cut_verified_``; a model
             without weights (on meta) is never compared.
 
@@ -80,6 +80,7 @@ def prune_(
         InfeasibleError: before anything is touched.
         VerificationError: the pruned model is not its masked twin; it is as it was.
     """
+    removal = checked_removal(discovery, removal)
     if not verify or is_on_meta(model):
         return cut_(model, discovery, removal)
     return cut_verified_(model, discovery, removal)[0]
