@@ -46,7 +46,7 @@ def token_ids(given: Any, model: nn.Module) -> torch.Tensor:
         # Whatever the default device is.
         ids = given if isinstance(given, torch.Tensor) else torch.as_tensor(given, device="cpu")
     except (TypeError, ValueError, RuntimeError):  # no numbers, or lists of several lengths
-        ids = torch.empty(0)
+        ids = torch.empty(0, device="cpu")
         said = f"in a {type(given).__name__}"
     else:
         said = f"of shape {tuple(ids.shape)} and type {ids.dtype}"
