@@ -1,11 +1,26 @@
 """Refit the consumers of a pruned model, block after block, to follow the dense model.
 
-What is fitted to what, and why, stands in ``docs/how-it-works.md`` (Compensation). For each block
-the dense model's runs on the dense hidden states and the pruned one on its own. A consumer
-(``o_proj``, ``down_proj``) is fitted so that the hidden state behind it is the dense one again,
-where its output is added to that, maybe times a number that is the same in the whole block; else
-its output is the dense one. Where layers went behind a block, its last consumer is fitted to the
-dense hidden state behind these (ReplaceMe, arXiv 2505.02819).
+For each block of the pruned model, the dense model's block runs on the dense hidden states and the
+pruned one on its own. A consumer (``o_proj``, ``down_proj``) is then fitted by least squares so
+that
+
+- the hidden state behind it is the dense one again, where its output is added to the hidden state
+  as it is, or times a number that is the same in the whole block: this also takes back what went
+  wrong before;
+- its output is the dense one, where the block does something else with it, such as a norm.
+
+Tokens are weighted by 1 / mean(h^2) of the dense hidden state h, because the norms of later blocks
+see every token at that scale; without it a few tokens of massive activation decide the fit.
+
+Where layers went behind a block, the last consumer in it is fitted to the dense hidden state behind
+these layers: it stands in for them as far as a linear map can (ReplaceMe, arXiv 2505.02819).
+
+Where anything went but heads and FFN channels, such as layers, experts or hidden channels, every
+consumer that is left is fitted; otherwise those alone that lost inputs: the others would only learn
+to take back what went wrong before them, and that does not carry over to other text.
+
+The first token of a sample counts as much as a quarter of all: most models have their attention
+sink there, and a fit that is off by a little at this token takes the sink away from all others.
 
 Only two hidden states per token are held at a time, in memory or in files. Where a pass over the
 first samples left those of the dense model, its blocks run on these samples only for what is not

@@ -195,7 +195,9 @@ def fingerprint(discovery: Discovery) -> str:
 def read_plan(source: str | Path) -> Plan:
     """Return the Plan in a file, or in a text that starts with a brace.
 
-    Raises UserError if it is no JSON file (with line and column), PlanError for all wrong fields.
+    Raises:
+        UserError: no such file, not UTF-8, not JSON (with line and column), or no path or text.
+        PlanError: fields that are missing, unknown or of the wrong type; all of them.
     """
     require_kind("source", source, (str, Path), "the path of a plan.json, or its text")
     written = isinstance(source, str) and source.lstrip().startswith("{")
