@@ -8,6 +8,7 @@ import re
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,13 +186,30 @@ def test_strided_slices_tie_neighbours() -> None:
     assert members(pairs)["down.weight", 1] == [[0, 4], [1, 5], [2, 6], [3, 7]]
 
 
-def test_halves_swap_as_in_rotation() -> None:
+@pytest.mark.parametrize(
+    "halves",
+    [
+        lambda x: (x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]),
+        lambda x: torch.tensor_split(x, [x.shape[-1] // 2], dim=-1),
+        lambda x: x.tensor_split(indices=(x.shape[-1] // 2,), dim=2),
+        lambda x: torch.tensor_split(x, 2, dim=-1),
+    ],
+)
+def test_halves_swap_as_in_rotation(halves: Callable[[torch.Tensor], Any]) -> None:
     def rotate(x: torch.Tensor) -> torch.Tensor:
-        half = x.shape[-1] // 2
-        return x + torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+        first, second = halves(x)
+        return x + torch.cat([-second, first], dim=-1)
 
     pairs = of_kind(found(Net(Body(rotate))), "other")
     assert members(pairs)["up.weight", 0] == [[0, 4], [1, 5], [2, 6], [3, 7]]
+
+
+def test_a_new_tensor_that_nothing_reads_is_as_long_as_what_is_left() -> None:
+    discovery = found(Net(Body(lambda x: (x, x.new_zeros(2, *x.shape))[0])))
+    assert members(of_kind(discovery, "other"))["down.weight", 1] == column(8)
+    # Where it is summed, its length is a number of the model's.
+    discovery = found(Net(Body(lambda x: x * torch.ones(x.shape[-1]).sum())))
+    assert "cannot follow" in str(of_kind(discovery, "other").frozen)
 
 
 def test_layers_must_follow_each_other() -> None:
@@ -242,8 +260,13 @@ CONSTANT = torch.linspace(0.5, 1.5, 8)
 FROZEN: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str, int]] = {
     "unknown operation": (lambda x: torch.fft.fft(x).real, "no rule for the operation _fft", 8),
     "cut by plain numbers inside a function": (
-        lambda x: torch.cat(torch.tensor_split(x, [3], dim=-1)[::-1], dim=-1),
+        lambda x: torch.cat(torch.tensor_split(x, 3, dim=-1)[::-1], dim=-1),
         "resized inside tensor_split",
+        8,
+    ),
+    "cut at a literal place": (
+        lambda x: torch.cat(torch.tensor_split(x, [3], dim=-1)[::-1], dim=-1),
+        "its size 3 is written in the code (slice)",
         8,
     ),
     "cut at a literal": (lambda x: x[..., :3], "its size 3 is written in the code (slice)", 3),

@@ -9,6 +9,8 @@ from functools import cache
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llm_pruner.discovery.groups import discover
@@ -57,6 +59,8 @@ class Family:
 
 
 _GPT2 = {"n_inner": 40}
+_OWN_ATTENTION = Version(transformers.__version__) < Version("5.25")
+"""Whether Falcon has code for attention of its own, in which the size of a head is a number."""
 _MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 FAMILIES: dict[str, Family] = {
@@ -105,10 +109,12 @@ FAMILIES: dict[str, Family] = {
         ("hidden", "heads", "ffn", "layers"),
         {"alibi": False},
         without=("head_dim",),
-        absent=("head_dim",),
-        # The key-value head is taken from behind the query heads by a literal position.
+        absent=("head_dim",) if _OWN_ATTENTION else ("query_heads",),
+        # The key-value head is taken from behind the query heads by a literal position or number.
         frozen={
-            ("transformer.h.0.self_attention.query_key_value.weight", 0): "2 is written",
+            ("transformer.h.0.self_attention.query_key_value.weight", 0): "2 is written"
+            if _OWN_ATTENTION
+            else "single positions of it are taken",
         },
     ),
     "falcon_new": Family(
@@ -116,8 +122,7 @@ FAMILIES: dict[str, Family] = {
         ("hidden", "heads", "ffn", "layers"),
         {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2},
         without=("head_dim",),
-        # Attention divides by the square root of the head size.
-        absent=("head_dim",),
+        absent=("head_dim",) if _OWN_ATTENTION else (),
         frozen={("transformer.h.0.self_attention.dense.weight", 1): "used as a number"},
     ),
     "falcon_alibi": Family(
@@ -125,8 +130,10 @@ FAMILIES: dict[str, Family] = {
         ("hidden", "ffn", "layers"),
         {"alibi": True, "multi_query": False, "parallel_attn": False},
         without=("head_dim",),
-        absent=("heads", "query_heads", "head_dim"),
-        frozen={("transformer.h.0.self_attention.dense.weight", 1): "used as a number"},
+        absent=("heads", "query_heads", *(("head_dim",) if _OWN_ATTENTION else ())),
+        frozen={("transformer.h.0.self_attention.dense.weight", 1): "used as a number"}
+        if _OWN_ATTENTION
+        else {("transformer.h.0.self_attention.query_key_value.weight", 0): "written in the code"},
     ),
     "opt": Family("opt", MHA, {"ffn_dim": 40, "word_embed_proj_dim": 48}),
     "mpt": Family(

@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import torch
@@ -335,11 +335,31 @@ def _one_hot(input: torch.Tensor, num_classes: Any = -1) -> torch.Tensor | None:
     return empty.scatter_(-1, input.unsqueeze(-1), 1)
 
 
+def _tensor_split(
+    input: torch.Tensor,
+    indices_or_sections: Any = None,
+    dim: int = 0,
+    *,
+    indices: Any = None,
+    sections: int | None = None,
+) -> Sequence[torch.Tensor] | None:
+    """``tensor_split`` as slices, or as ``chunk`` where all are alike; None if not applicable."""
+    named = (indices_or_sections, indices, sections)
+    parts = next((given for given in named if given is not None), 0)
+    dim = dim % input.dim()
+    if isinstance(parts, Sequence):
+        front = (slice(None),) * dim
+        return [input[(*front, slice(*ends))] for ends in pairwise([None, *parts, None])]
+    alike = isinstance(parts, int) and parts > 0 and plain(input.shape[dim]) % plain(parts) == 0
+    return input.chunk(parts, dim) if alike else None
+
+
 REWRITES: dict[str, Callable[..., Any]] = {
     "__getitem__": _single_position,
     "group_norm": _group_norm,
     "scaled_dot_product_attention": _attention,
     "one_hot": _one_hot,
     "repeat_interleave": _repeat_interleave,
+    "tensor_split": _tensor_split,
 }
 """Name of a function of PyTorch -> the same in functions that are watched, or None if it cannot."""

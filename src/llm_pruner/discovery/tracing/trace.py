@@ -83,6 +83,8 @@ class Trace:
     roles: dict[Role, list[IntArray]] = field(default_factory=dict)
     choices: list[Choice] = field(default_factory=list)
     residual: IntArray | None = None
+    unread: set[int] = field(default_factory=set)
+    """Atoms of tensors that were made anew, until an operation reads them."""
 
     @property
     def values(self) -> dict[Expr, int]:
@@ -94,6 +96,7 @@ class Trace:
 def settle(trace: Trace, model: nn.Module, aliases: Mapping[str, str]) -> None:
     """Draw the conclusions that need the whole trace; aliases: other names -> first name."""
     _follow_read(trace, model)
+    _forget_unread(trace)
     _freeze_unreached(trace, aliases)
     described, multiples = _described(trace, model, aliases)
     _pin_sizes(trace, described, multiples, _used_as_numbers(trace))
@@ -162,6 +165,19 @@ def _stands_for(read: torch.Tensor, other: torch.Tensor) -> bool:
     if isinstance(read, nn.Parameter):
         return read.dim() > 1 and other.shape[-read.dim() :] == read.shape
     return read.shape == other.shape and torch.equal(read, other)
+
+
+def _forget_unread(trace: Trace) -> None:
+    """Drop the sizes of new tensors that no operation read, given by those of other axes.
+
+    They are as many as are left, whatever goes, and nothing hears of it.
+    """
+    trace.equations = [
+        one
+        for one in trace.equations
+        if not trace.unread.intersection(one.rows[:1].ravel().tolist())
+        or any(leaf[0] != "len" for leaf in leaves(one.expr))
+    ]
 
 
 def _freeze_unreached(trace: Trace, aliases: Mapping[str, str]) -> None:

@@ -80,6 +80,7 @@ class Tracer(TorchDispatchMode):
         self.vocabulary = Marks()
         self.one_hot = Marks()
         self.cut_from = Marks()
+        self.unread = Marks()
         self.function: str | None = None
         self._shared: dict[str, int] = {}
         self._frozen_rows: dict[tuple[str, int], IntArray] = {}
@@ -353,6 +354,8 @@ class Tracer(TorchDispatchMode):
         for tensor in inputs:
             if tensor in self.names:
                 self.trace.order.setdefault(self.names[tensor], self._clock)
+            if tensor in self.unread:
+                self.trace.unread -= self.unread[tensor]
         if known.mutates and inputs and inputs[0] in self.weights:
             self._written |= {storage_of(inputs[0])} - self._trained
         before = args

@@ -89,7 +89,10 @@ def glu(tracer: Tracer, call: Call, self: Tensor, dim: int) -> None:
 def uniform(tracer: Tracer, call: Call) -> None:
     """``zeros`` and the like hold one value everywhere: their axes adapt to what they meet."""
     require_sight(tracer, "created")
-    tracer.set_label(call.out, [tracer.atoms.fresh(size) for size in call.out.shape])
+    axes = [tracer.atoms.fresh(size) for size in call.out.shape]
+    tracer.set_label(call.out, axes)
+    tracer.unread[call.out] = {int(atom) for rows in axes for atom in rows[:1, 0]}
+    tracer.trace.unread |= tracer.unread[call.out]
 
 
 @rule("zeros_like", "ones_like", "full_like", "empty_like", domain="tied")
