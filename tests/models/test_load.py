@@ -55,6 +55,7 @@ def test_folder(folder: Path) -> None:
     assert loaded.name == "tiny"
     assert loaded.revision is None
     assert not loaded.model.training
+    assert not loaded.model.use_kernels
     assert loaded.tokenizer is not None
     tokens = loaded.tokenizer("some text", return_tensors="pt").input_ids
     assert torch.equal(loaded.model(tokens).logits, reference(tokens).logits)

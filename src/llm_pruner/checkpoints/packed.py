@@ -58,6 +58,7 @@ def save_packed(
             dtype="auto",
             device_map="cpu",
             use_safetensors=True,
+            use_kernels=False,
         )
     if not any(map(is_traceable_wrapper_subclass, model.parameters())):
         raise _nothing_packed(source.name)

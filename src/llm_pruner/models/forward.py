@@ -8,6 +8,7 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 from weakref import WeakSet
 
@@ -228,15 +229,41 @@ def is_on_meta(model: nn.Module) -> bool:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch a model to eval mode for the time of the context."""
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
+def own_functions(model: nn.Module) -> Iterator[None]:
+    """Let a model compute by its own code where transformers put kernels of the hub in its place.
+
+    It does so on a GPU, from 5.25 on unasked. No trace sees what a kernel does, and those for
+    inference give no gradients.
+    """
+    before: list[tuple[nn.Module, str, Any]] = []
+    for module in model.modules():
+        if vars(module).get("_use_kernels"):  # or the next ``eval`` puts them there again
+            before.append((module, "_use_kernels", True))
+            vars(module)["_use_kernels"] = False
+        for one in (module, *vars(module).get("_kernel_funcs", {}).values()):
+            # Of a module that accelerate moves, the kernel is behind a forward pass of its own.
+            name = "_old_forward" if "_old_forward" in vars(one) else "forward"
+            if name in vars(one) and hasattr(type(one), "kernel_layer_name"):
+                before.append((one, name, vars(one)[name]))
+                vars(one)[name] = MethodType(type(one).forward, one)
     try:
         yield
     finally:
-        for module, mode in training:
-            module.training = mode
+        for one, name, value in before:
+            vars(one)[name] = value
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch a model to eval mode, and to its own functions, for the time of the context."""
+    training = [(module, module.training) for module in model.modules()]
+    with own_functions(model):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in training:
+                module.training = mode
 
 
 @contextmanager

@@ -466,6 +466,7 @@ def _load_model(
         config=config,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # which only logs what they are
+        use_kernels=False,  # of the hub, which nobody asked to be fetched and run
         **found.shared,
         **options,
     )

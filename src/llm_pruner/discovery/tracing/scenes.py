@@ -30,6 +30,7 @@ from llm_pruner.models.forward import (
     caching,
     logits_of,
     maximum_length,
+    own_functions,
     parameters_of,
 )
 from llm_pruner.models.layers import held_in, is_settings
@@ -261,7 +262,7 @@ def generated(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
 
 @contextmanager
 def staged(model: nn.Module, *, training: bool = False) -> Iterator[None]:
-    """Switch to evaluation or to training without dropout, and back, without gradients.
+    """Switch to evaluation or to training without dropout, and back, without gradients or kernels.
 
     What modules hold is put back: states that they keep, tables that they made anew, and what the
     code has written into buffers.
@@ -277,7 +278,7 @@ def staged(model: nn.Module, *, training: bool = False) -> Iterator[None]:
         if _has_values(value)
     ]
     try:
-        with put_back(spaces), torch.no_grad():
+        with own_functions(model), put_back(spaces), torch.no_grad():
             for space, key in random:
                 space[key] = 0.0
             model.train(training)
