@@ -166,6 +166,18 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "inkling2_text": {"unpadded_vocab_size": 128},
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {**_HYBRID, "linear_head_dim": 16, "linear_num_heads": 4},
+    # Fewer keys are chosen, and pooled, than a text has.
+    "kolibri1_1": {
+        "num_hidden_layers": 4,
+        "layer_types": 2 * ["sliding_attention", "indexed_attention"],
+        "head_dim": 16,
+        "index_num_heads": 2,
+        "index_pool_size": 8,
+        "index_compression": 2,
+        "index_num_local_tokens": 2,
+        "index_num_sink_tokens": 1,
+        "mlp_only_intermediate_size": 96,
+    },
     "lara_mini": {
         "num_hidden_layers": 6,
         "layer_types": 2 * ["linear_attention", "sliding_attention", "full_attention"],

@@ -173,7 +173,8 @@ def test_attention_is_switched_in_layers_with_a_config_of_their_own(tmp_path: Pa
 def test_built_and_copied_without_weights_of_a_folder(folders: dict[str, Path]) -> None:
     """As servers build a model, and programs hand it to their other processes."""
     folder = folders["heads, channels and layers"]
-    wanted = AutoModelForCausalLM.from_pretrained(folder)
+    # With kernels in place of its code, as transformers 5.25 loads it, no model can be pickled.
+    wanted = AutoModelForCausalLM.from_pretrained(folder, use_kernels=False)
     config = AutoConfig.from_pretrained(folder)
     for trust in (False, True):
         built = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)

@@ -212,6 +212,11 @@ def test_a_new_tensor_that_nothing_reads_is_as_long_as_what_is_left() -> None:
     assert "cannot follow" in str(of_kind(discovery, "other").frozen)
 
 
+def test_numbers_of_one_byte() -> None:
+    rounded = Body(lambda x: x.to(torch.float8_e4m3fn).to(x.dtype))
+    assert members(of_kind(found(Net(rounded)), "other"))["down.weight", 1] == column(8)
+
+
 def test_layers_must_follow_each_other() -> None:
     # The caller adds the input to each body's output: a body cannot be replaced by its input.
     discovery = found(Net(Gated(), Gated()))

@@ -77,7 +77,8 @@ class _Twin(Tracer):
         """Put zeros where an operation divided zero by zero at dead positions."""
         super().follow(known, call, args)
         for result in () if known.view else call.results:
-            if not result.is_floating_point() or _is_finite(result):
+            # Numbers of one byte are rounded from others, which had their zeros.
+            if not result.is_floating_point() or result.element_size() == 1 or _is_finite(result):
                 continue
             for dim, rows in enumerate(self.label(result)):
                 dead = self.dead(rows)
@@ -98,9 +99,7 @@ class _Twin(Tracer):
 
 def _is_finite(tensor: torch.Tensor) -> bool:
     """Whether all values are finite, as they are if their sum is; it takes one pass and no room."""
-    if tensor.element_size() > 1 and math.isfinite(tensor.sum().item()):
-        return True
-    return bool(tensor.isfinite().all())
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
 @contextmanager
