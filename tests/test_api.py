@@ -214,6 +214,12 @@ def test_what_is_refused_in_one_line(model: lp.Model, place: Path) -> None:
             lp.health(model, prompts)
     with pytest.raises(UserError, match="is the calibration text"):
         lp.curve(model, lp.presets.fast(calibration=text), text=text)
+    for step in (
+        lambda: lp.calibration(model, text, samples=8, seq_len=32, seed=None),  # type: ignore[arg-type]
+        lambda: lp.score(model, groups, "random", seed=None),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(UserError, match="seed is of type NoneType; give a whole number"):
+            step()
     lp.prune_(model, groups, removal(model))
     for step in (
         lambda: lp.score(model, groups, lp.Criterion("l2")),

@@ -136,6 +136,7 @@ class Scores(dict[str, FloatArray]):
     ) -> None:
         super().__init__(values)
         require_kind("text", text, Calibration | None, "what calibration returned, or None")
+        require_kind("seed", seed, int, "a whole number")
         self.criterion, self.text, self.seed = _criterion(criterion), text, seed
 
 
@@ -238,6 +239,7 @@ def calibration(
     """
     _require_model(model)
     require_kind("source", source, (str, Path), "'self', the name of a dataset, or a file")
+    require_kind("seed", seed, int, "a whole number")
     asked = CalibrationSettings(
         calibration=str(source),
         samples=samples,
