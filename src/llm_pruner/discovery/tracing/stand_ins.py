@@ -341,15 +341,16 @@ def _tensor_split(
     dim: int = 0,
     *,
     indices: Any = None,
-    sections: int | None = None,
-) -> Sequence[torch.Tensor] | None:
+    sections: Any = None,
+    **_: Any,
+) -> tuple[torch.Tensor, ...] | None:
     """``tensor_split`` as slices, or as ``chunk`` where all are alike; None if not applicable."""
     named = (indices_or_sections, indices, sections)
     parts = next((given for given in named if given is not None), 0)
     dim = dim % input.dim()
     if isinstance(parts, Sequence):
         front = (slice(None),) * dim
-        return [input[(*front, slice(*ends))] for ends in pairwise([None, *parts, None])]
+        return tuple(input[(*front, slice(*ends))] for ends in pairwise([None, *parts, None]))
     alike = isinstance(parts, int) and parts > 0 and plain(input.shape[dim]) % plain(parts) == 0
     return input.chunk(parts, dim) if alike else None
 
