@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -61,7 +62,9 @@ IN_ONE_PIECE = {
 def test_every_registered_type_is_swept() -> None:
     assert set(TYPES) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     assert not set(NOT_DECODERS) & set(OVERRIDES)
-    assert set(NOT_DECODERS) | set(OVERRIDES) <= set(TYPES)
+    # Of newer types than transformers has here, the table was made with a release that has them.
+    table = json.loads((TOOLS.parent / "docs/architectures.json").read_text())
+    assert set(NOT_DECODERS) | set(OVERRIDES) <= {row["type"] for row in table["rows"]}
 
 
 @pytest.mark.filterwarnings("ignore")
