@@ -73,11 +73,20 @@ def test_kernels_of_the_hub_change_neither_groups_nor_scores(
 
 
 def test_a_kernel_behind_the_forward_pass_of_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
-    norm = with_kernels(monkeypatch).model.norm
+    model = with_kernels(monkeypatch)
+    norm = model.model.norm
     kernel = vars(norm)["_old_forward"] = vars(norm)["forward"]
     vars(norm)["forward"] = moved = lambda *args: norm._old_forward(*args)
     x = torch.ones(1, norm.weight.numel(), requires_grad=True)
-    with own_functions(norm):
+    with own_functions(model):
         assert norm(x).requires_grad
     assert not norm(x).requires_grad
     assert [vars(norm)[name] for name in ("_old_forward", "forward")] == [kernel, moved]
+
+
+def test_a_forward_pass_of_a_users_own_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_kernels(monkeypatch)
+    vars(model)["_use_kernels"] = False
+    x = torch.ones(1, model.model.norm.weight.numel(), requires_grad=True)
+    with own_functions(model):
+        assert not model.model.norm(x).requires_grad

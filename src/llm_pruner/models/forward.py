@@ -235,17 +235,21 @@ def own_functions(model: nn.Module) -> Iterator[None]:
     It does so on a GPU, from 5.25 on unasked. No trace sees what a kernel does, and those for
     inference give no gradients.
     """
-    before: list[tuple[nn.Module, str, Any]] = []
-    for module in model.modules():
-        if vars(module).get("_use_kernels"):  # or the next ``eval`` puts them there again
-            before.append((module, "_use_kernels", True))
-            vars(module)["_use_kernels"] = False
+    modules = [*model.modules()]
+    # Where it is set, the next ``eval`` or ``train`` would put kernels there again.
+    before: list[tuple[nn.Module, str, Any]] = [
+        (module, "_use_kernels", True) for module in modules if vars(module).get("_use_kernels")
+    ]
+    for module in modules if before else ():
         for one in (module, *vars(module).get("_kernel_funcs", {}).values()):
             # Of a module that accelerate moves, the kernel is behind a forward pass of its own.
             name = "_old_forward" if "_old_forward" in vars(one) else "forward"
-            if name in vars(one) and hasattr(type(one), "kernel_layer_name"):
-                before.append((one, name, vars(one)[name]))
-                vars(one)[name] = MethodType(type(one).forward, one)
+            kernel = vars(one).get(name)
+            if isinstance(kernel, MethodType) and hasattr(type(one), "kernel_layer_name"):
+                before.append((one, name, kernel))
+    for one, name, _ in before:
+        own = MethodType(type(one).forward, one)
+        vars(one)[name] = False if name == "_use_kernels" else own
     try:
         yield
     finally:
