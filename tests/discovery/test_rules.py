@@ -207,9 +207,13 @@ def test_halves_swap_as_in_rotation(halves: Callable[[torch.Tensor], Any]) -> No
 def test_a_new_tensor_that_nothing_reads_is_as_long_as_what_is_left() -> None:
     discovery = found(Net(Body(lambda x: (x, x.new_zeros(2, *x.shape))[0])))
     assert members(of_kind(discovery, "other"))["down.weight", 1] == column(8)
-    # Where it is summed, its length is a number of the model's.
-    discovery = found(Net(Body(lambda x: x * torch.ones(x.shape[-1]).sum())))
-    assert "cannot follow" in str(of_kind(discovery, "other").frozen)
+    # Where it is summed, its length is a number of the model's; others may be sized by it.
+    for read in (
+        lambda x: x * torch.ones(x.shape[-1]).sum(),
+        lambda x: x * CONSTANT.view(x.new_zeros(x.shape[-1]).shape).sum(),
+    ):
+        discovery = found(Net(Body(read)))
+        assert "cannot follow" in str(of_kind(discovery, "other").frozen)
 
 
 def test_numbers_of_one_byte() -> None:

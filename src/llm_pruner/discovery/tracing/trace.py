@@ -84,7 +84,7 @@ class Trace:
     choices: list[Choice] = field(default_factory=list)
     residual: IntArray | None = None
     unread: set[int] = field(default_factory=set)
-    """Atoms of tensors that were made anew, until an operation reads them."""
+    """Atoms of tensors that were made anew, until their values or sizes are read."""
 
     @property
     def values(self) -> dict[Expr, int]:
@@ -168,9 +168,9 @@ def _stands_for(read: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _forget_unread(trace: Trace) -> None:
-    """Drop the sizes of new tensors that no operation read, given by those of other axes.
+    """Drop the sizes of new tensors that nothing reads, where other axes give them.
 
-    They are as many as are left, whatever goes, and nothing hears of it.
+    They have as many positions as are left there, whatever goes.
     """
     trace.equations = [
         one

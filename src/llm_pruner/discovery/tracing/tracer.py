@@ -291,6 +291,7 @@ class Tracer(TorchDispatchMode):
 
     def length(self, tensor: torch.Tensor, dim: int) -> Any:
         """Return the size of an axis as an integer that remembers the axis."""
+        self._heed(tensor)
         rows = self.label(tensor)[dim]
         if len(rows) == 1 or id(rows) in self._fixed:
             return len(rows)
@@ -304,6 +305,11 @@ class Tracer(TorchDispatchMode):
             self.trace.lengths.append(rows)
         expr = ("len", number)
         return TracedInt(len(rows), expr, self.used_as_number)
+
+    def _heed(self, tensor: torch.Tensor) -> None:
+        """Remember that something reads a tensor, its values or its size."""
+        if tensor in self.unread:
+            self.trace.unread -= self.unread[tensor]
 
     def sized(self, size: int | TracedInt, rows: IntArray, where: str) -> None:
         """Record that an integer is the length of an axis; a literal one freezes it."""
@@ -354,8 +360,7 @@ class Tracer(TorchDispatchMode):
         for tensor in inputs:
             if tensor in self.names:
                 self.trace.order.setdefault(self.names[tensor], self._clock)
-            if tensor in self.unread:
-                self.trace.unread -= self.unread[tensor]
+            self._heed(tensor)
         if known.mutates and inputs and inputs[0] in self.weights:
             self._written |= {storage_of(inputs[0])} - self._trained
         before = args
