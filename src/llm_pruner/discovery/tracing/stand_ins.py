@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.jit._script import RecursiveScriptModule
+from torch.jit._state import _try_get_jit_cached_function
 from torch.overrides import _get_current_function_mode, handle_torch_function
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -111,9 +112,10 @@ _CALL_METHOD = torch._C.ScriptMethod.__call__
 
 
 def _script_function(function: Any, *args: Any, **kwargs: Any) -> Any:
-    # A function that was traced keeps its original too, but holds sizes as plain numbers.
     original = vars(function).get("_torchdynamo_inline")
-    if original is not None and "__qualname__" in vars(function):
+    # A function that was traced keeps its original too, but holds sizes as plain numbers.
+    scripted = None if original is None else _try_get_jit_cached_function(original)
+    if scripted is not None and scripted.qualified_name == function.qualified_name:
         return original(*args, **kwargs)
     return _unseen(_CALL_FUNCTION, function, args, kwargs)
 
