@@ -195,7 +195,11 @@ def test_the_seed_of_random_scores_is_in_the_plan(model: lp.Model, place: Path) 
     text = lp.calibration(model, place / "text.txt", samples=8, seq_len=32)
     scores = lp.score(model, groups, lp.Criterion("random"), text, seed=7)
     settings = lp.presets.paper(ratio=0.1, protect_first=0, protect_last=0)
-    assert lp.plan(model, groups, scores, settings).settings["seed"] == 7
+    plan = lp.plan(model, groups, scores, settings)
+    assert plan.settings["seed"] == 7
+    text = lp.calibration(model, place / "text.txt", samples=8, seq_len=32, seed=np.int64(0))
+    scores = lp.score(model, groups, lp.Criterion("random"), text, seed=np.int64(7))
+    assert lp.plan(model, groups, scores, settings).to_json() == plan.to_json()
     again = lp.Scores(dict(scores), lp.Criterion("random"), None, 7)
     assert lp.plan(model, groups, again, settings).groups
 

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +125,7 @@ class Scores(dict[str, FloatArray]):
         seed: of the criterion ``random``.
 
     Raises:
-        UserError: ``criterion`` or ``text`` is of another kind.
+        UserError: ``criterion``, ``text`` or ``seed`` is of another kind.
     """
 
     def __init__(
@@ -136,8 +137,8 @@ class Scores(dict[str, FloatArray]):
     ) -> None:
         super().__init__(values)
         require_kind("text", text, Calibration | None, "what calibration returned, or None")
-        require_kind("seed", seed, int, "a whole number")
-        self.criterion, self.text, self.seed = _criterion(criterion), text, seed
+        require_kind("seed", seed, Integral, "a whole number")
+        self.criterion, self.text, self.seed = _criterion(criterion), text, int(seed)
 
 
 class _Presets:
@@ -235,11 +236,11 @@ def calibration(
     """Return calibration text: ``self`` (the model writes it), a hub dataset or a local file.
 
     Raises:
-        UserError: it cannot be read, or holds too few tokens.
+        UserError: it cannot be read, or holds too few tokens; or the seed is no whole number.
     """
     _require_model(model)
     require_kind("source", source, (str, Path), "'self', the name of a dataset, or a file")
-    require_kind("seed", seed, int, "a whole number")
+    require_kind("seed", seed, Integral, "a whole number")
     asked = CalibrationSettings(
         calibration=str(source),
         samples=samples,
@@ -247,7 +248,7 @@ def calibration(
         text_split=text_split,
         text_field=text_field,
     )
-    return read_calibration(model.current, asked, seed, Clock())
+    return read_calibration(model.current, asked, int(seed), Clock())
 
 
 def discover(model: Model | LoadedModel | nn.Module, **how: Any) -> Discovery:
@@ -294,7 +295,7 @@ def score(
 
     Raises:
         UserError: nothing can be scored so; or the `Model` was pruned, and its groups are those of
-            the dense one; or they are of another model.
+            the dense one; or they are of another model; or the seed is no whole number.
     """
     if isinstance(model, Model):
         model.require_dense()
