@@ -72,6 +72,25 @@ def test_kernels_of_the_hub_change_neither_groups_nor_scores(
     assert all(one in kernels for one in left)
 
 
+def test_a_kernel_in_the_place_of_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which transformers makes a module of, and modules that call it have beside their own."""
+
+    class Rotation(nn.Module):
+        kernel_layer_name = "rotary_pos_emb"
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return -x
+
+    model, function = with_kernels(monkeypatch), Rotation()
+    kernel = vars(function)["forward"] = MethodType(lambda _, x: -x.detach(), function)
+    for layer in model.model.layers:
+        vars(layer.self_attn)["_kernel_funcs"] = {"apply_rotary_pos_emb": function}
+    x = torch.ones(1, requires_grad=True)
+    with own_functions(model):
+        assert function(x).requires_grad
+    assert vars(function)["forward"] is kernel
+
+
 def test_a_kernel_behind_the_forward_pass_of_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_kernels(monkeypatch)
     norm = model.model.norm

@@ -122,8 +122,10 @@ FAMILIES: dict[str, Family] = {
         ("hidden", "heads", "ffn", "layers"),
         {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2},
         without=("head_dim",),
-        absent=("head_dim",) if _OWN_ATTENTION else (),
-        frozen={("transformer.h.0.self_attention.dense.weight", 1): "used as a number"},
+        absent=("head_dim",) if _OWN_ATTENTION else ("query_heads",),
+        frozen={("transformer.h.0.self_attention.dense.weight", 1): "used as a number"}
+        if _OWN_ATTENTION
+        else {("transformer.h.0.self_attention.query_key_value.weight", 0): "single positions of"},
     ),
     "falcon_alibi": Family(
         "falcon",
