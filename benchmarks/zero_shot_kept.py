@@ -1,14 +1,16 @@
 """How much zero-shot accuracy a smaller model keeps, on all items of the seven tasks.
 
     python benchmarks/zero_shot_kept.py --data DIR --calibration c4_first_100.jsonl \
-        [--recovered "best, recovered for 6 minutes=FOLDER"] [--presets ""] [--limit 300]
+        [--recovered "best, recovered for 6 minutes=FOLDER"] [--presets ""] [--params 113.3M] \
+        [--limit 300]
 
 DIR holds boolq.jsonl and so on. SmolLM2-135M is evaluated dense, pruned by the presets `paper` and
-`best` to 113.3M parameters (a fifth of the blocks gone), and recovered: each ``--recovered`` is a
-name and a folder that `recover` or another package wrote. Beside the mean of the seven and of the
-six without BoolQ it gives the share of accuracy above chance that is kept: mean over tasks of
-accuracy minus chance, over that of the dense model. Writes benchmarks/results/zero_shot_kept.json
-after each model, and goes on from there when it is run again; pruned models are kept in ``--work``.
+`best` to ``--params`` parameters (113.3M: a fifth of the blocks gone), and recovered: each
+``--recovered`` is a name and a folder that `recover` or another package wrote. Beside the mean of
+the seven and of the six without BoolQ it gives the share of accuracy above chance that is kept:
+mean over tasks of accuracy minus chance, over that of the dense model. Writes
+benchmarks/results/zero_shot_kept.json after each model, and goes on from there when it is run
+again; pruned models are kept in ``--work``.
 """
 
 from __future__ import annotations
@@ -30,7 +32,6 @@ CHANCE = {
     **{"boolq": 1 / 2, "piqa": 1 / 2, "winogrande": 1 / 2},
     **{"hellaswag": 1 / 4, "arc_easy": 1 / 4, "arc_challenge": 1 / 4, "openbookqa": 1 / 4},
 }
-PARAMETERS = "113.3M"
 
 
 def evaluated(model: object, data: Path, dtype: str, limit: int | None = None) -> dict[str, Any]:
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--recovered", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--presets", default="paper,best")
+    parser.add_argument("--params", default="113.3M", help="that all but the dense model have")
     parser.add_argument("--limit", type=int, help="items of each task; all by default")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "kept-work")
     parser.add_argument("--out", type=Path, default=RESULTS / "zero_shot_kept.json")
@@ -110,7 +112,7 @@ def main() -> None:
     settings = {
         "model": name_of(options.model),
         "dtype": options.dtype,
-        "parameters": PARAMETERS,
+        "parameters": options.params,
         "calibration": Path(options.calibration).name,
         "machine": machine(),
         **({} if options.limit is None else {"limit": options.limit}),
@@ -119,7 +121,8 @@ def main() -> None:
     models: dict[str, Any] = {"dense": options.model}
     presets = options.presets.split(",") if options.presets else []
     for preset in presets:
-        models[preset] = options.work / f"{preset}-{stamp(options.model, options.calibration)}"
+        made_of = (options.model, options.calibration, options.params)
+        models[preset] = options.work / f"{preset}-{stamp(*made_of)}"
     for given in options.recovered:
         name, _, folder = given.partition("=")
         models[name] = Path(folder)
@@ -127,7 +130,7 @@ def main() -> None:
         if name in results["models"]:
             continue
         if name in presets and not model.exists():
-            size = ("--params", PARAMETERS, "--preset", name)
+            size = ("--params", options.params, "--preset", name)
             llm_pruner(
                 *("prune", options.model, "--out", model, *size),
                 *("--calibration", options.calibration),
