@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import weakref
 from pathlib import Path
@@ -235,6 +236,21 @@ def test_what_is_refused_in_one_line(model: lp.Model, place: Path) -> None:
             step()
 
 
+def test_a_model_without_tokenizer_reads_no_text(model: lp.Model, place: Path) -> None:
+    text, other = place / "text.txt", place / "other.txt"
+    settings = lp.presets.fast(calibration=str(text), protect_last=0)
+    bare = lp.Model(dataclasses.replace(model.loaded, tokenizer=None))
+    for step in (
+        lambda: lp.calibration(bare, text),
+        lambda: lp.perplexity(bare, text),
+        lambda: lp.health(bare, ["Why?"]),
+        lambda: lp.curve(bare, settings, ratios=0.1, text=other),
+        lambda: lp.recover_(bare, text, lp.Lora(max_steps=1, seq_len=32)),
+    ):
+        with pytest.raises(UserError, match="has no tokenizer, so no text can be read; add one"):
+            step()
+
+
 def test_whole_settings_stand_for_their_part(model: lp.Model, place: Path) -> None:
     groups = lp.discover(model)
     scores = lp.score(model, groups, lp.Criterion("l2"))
@@ -412,8 +428,11 @@ def test_a_checkpoint_of_a_whole_model_and_of_one_share(model: lp.Model, place: 
     settings = lp.presets.fast(
         calibration=str(place / "text.txt"), samples=8, seq_len=32, protect_last=0
     )
-    points = lp.curve(model, settings, ratios=0.1, text=text, measured_tokens=512)
-    assert len(points) == 1
+    for ratio in (0.1, np.float32(0.1)):
+        points = lp.curve(model, settings, ratios=ratio, text=text, measured_tokens=512)
+        assert len(points) == 1
+    with pytest.raises(UserError, match="each is a share to remove"):
+        lp.curve(model, settings, ratios=1, text=text)
 
 
 @pytest.mark.parametrize("pruned", [False, True])

@@ -386,7 +386,7 @@ def curve(
         measured_tokens: of it, at most.
 
     Raises:
-        UserError: a size cannot be reached, or there is no text to measure on.
+        UserError: a size cannot be reached, or there is no text to measure on, or no tokenizer.
     """
     _require_model(model)
     model.require_dense()
@@ -396,11 +396,11 @@ def curve(
     require_kind("text", text, str | Path | None, "the name of a dataset, or a file")
     said = {} if settings is None else settings.written()
     said = {name: of for name, of in said.items() if name in CurveSettings.model_fields}
-    ratios = (ratios,) if isinstance(ratios, float) else tuple(ratios)
-    said |= {"model": model.loaded.name, "out": _NEW, "ratios": ratios}
+    said |= {"model": model.loaded.name, "out": _NEW, "ratios": np.ravel(ratios).tolist()}
     said |= {"text": None if text is None else str(text), "measured_tokens": measured_tokens}
     asked = CurveSettings(**said)
     check_text(asked)
+    model.current.require_tokenizer()
     run = CurveRun(asked, loaded=model.current, discovery=discover(model))
     for ratio in asked.ratios:
         run.reach(ratio)
@@ -498,9 +498,9 @@ def recover_(
             takes.
 
     Raises:
-        UserError: the data cannot be read, or does not do for the model; or there is nothing to
-            train, as in ``optimizers``, whose weights are not those of the copy that is trained; or
-            the settings ask for what the command alone does.
+        UserError: the data cannot be read, or does not do for the model, or there is no tokenizer;
+            or there is nothing to train, as in ``optimizers``, whose weights are not those of the
+            copy that is trained; or the settings ask for what the command alone does.
     """
     _require_model(model)
     require_kind("data", data, (str, Path), "'self', the name of a dataset, or a file")
@@ -530,6 +530,7 @@ def recover_(
             "other data here"
         )
     check_data(asked)
+    model.current.require_tokenizer()
     check_trains(str(model.network.device))
     check_length(model.network, asked.seq_len)
     if asked.bf16 is None:
@@ -576,7 +577,7 @@ def health(model: Model, prompts: Sequence[str] | None = None) -> Health:
             ``evaluate --health``.
 
     Raises:
-        UserError: there is no prompt, or a single text in place of several.
+        UserError: there is no prompt, or a single text in place of several, or no tokenizer.
     """
     _require_model(model)
     texts = own_prompts() if prompts is None else () if isinstance(prompts, str) else (*prompts,)
@@ -584,6 +585,7 @@ def health(model: Model, prompts: Sequence[str] | None = None) -> Health:
         raise UserError("health is measured on a list of prompts; give some, or None for its own")
     asked = health_prompts(texts, None)
     name = "built in" if prompts is None else "given"
+    model.current.require_tokenizer()
     check_prompts(model.current, asked)
     answers = written(asked, lambda: model.current)
     return measure_health(name, asked, answers, dtype_name(model.network))
@@ -600,10 +602,11 @@ def perplexity(
     """Return the perplexity on a corpus: wikitext2, ptb, c4, another hub dataset or a file.
 
     Raises:
-        UserError: the corpus cannot be read.
+        UserError: the corpus cannot be read, or there is no tokenizer to read it with.
     """
     _require_model(model)
     require_kind("source", source, (str, Path), "the name of a dataset, or a file")
+    tokenizer = model.current.require_tokenizer()
     asked = PerplexitySettings(protocol=protocol, seq_len=seq_len, max_tokens=max_tokens)
     text = load_evaluation_text(str(source), asked)
-    return measure_perplexity(model.network, model.tokenizer, text, asked)
+    return measure_perplexity(model.network, tokenizer, text, asked)

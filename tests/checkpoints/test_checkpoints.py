@@ -305,6 +305,14 @@ def test_layers_in_config_values_with_their_lists(tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path / "out")), logits(model))
 
 
+def test_as_many_end_tokens_as_layers_all_stay(tmp_path: Path) -> None:
+    model = tiny_model("llama", eos_token_id=[2, 4, 5])
+    knife = Knife(model)
+    knife.drop_layers([1, 2])
+    assert knife.save(tmp_path / "out") == "stock"
+    assert load(tmp_path / "out").config.eos_token_id == [2, 4, 5]
+
+
 def test_a_factor_that_config_values_would_change_needs_a_recipe(tmp_path: Path) -> None:
     # Channels go, the factor 1 / sqrt(8) stays; a plain config would give 1 / sqrt(6).
     knife = Knife(tiny_model("llama"))
@@ -482,6 +490,12 @@ def test_embeddings_that_were_resized_load_again(tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path / "again")), logits(loaded))
     # What a push sends are the files that are new.
     assert "modeling_pruned.py" not in loaded._get_files_timestamps(str(tmp_path / "again"))
+    # It can be pruned again, too.
+    dense = copy.deepcopy(loaded.config)
+    edits = cut_(loaded, discover(loaded), {"layers.1.ffn": np.array([2])})
+    saved = save_checkpoint(loaded, tmp_path / "twice", edits=edits, dense_config=dense)
+    assert saved.kind == "remote_code"
+    assert torch.equal(logits(load(tmp_path / "twice")), logits(loaded))
 
 
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:
@@ -664,6 +678,17 @@ def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
     knife.dense_config.quantization_config = {"quant_method": "gptq"}
     with pytest.raises(UserError, match="quantized with gptq"):
         knife.save(tmp_path / "out")
+
+
+def test_a_generation_config_that_cannot_be_saved_leaves_nothing(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.generation_config.temperature = 0.5
+    with pytest.raises(UserError, match=r"generation config cannot be saved \(.*`temperature`"):
+        save_checkpoint(model, tmp_path / "out", edits=Edits())
+    assert not list(tmp_path.iterdir())
+    model.generation_config.do_sample = True
+    save_checkpoint(model, tmp_path / "out", edits=Edits())
+    assert load(tmp_path / "out").generation_config.temperature == 0.5
 
 
 def test_positions_as_ranges() -> None:

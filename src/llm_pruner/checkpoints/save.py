@@ -19,11 +19,12 @@ from transformers.utils import logging as transformers_logging
 from llm_pruner.checkpoints import meta, quantizer, remote_code
 from llm_pruner.checkpoints.reshape import Recipe, compose, from_json, to_json
 from llm_pruner.checkpoints.stock_config import accepted, layer_values, stock_config
-from llm_pruner.errors import LLMPrunerError, NeedsMemory, UserError, require_kind
+from llm_pruner.errors import LLMPrunerError, NeedsMemory, UserError, in_short, require_kind
 from llm_pruner.files.disk import expanded, folder_bytes, umask
 from llm_pruner.files.outputs import atomic_directory, bytes_of, check_shard_size
 from llm_pruner.models.forward import module_of
 from llm_pruner.models.layers import names_in_float32
+from llm_pruner.models.modeling_pruned import with_own_rows
 from llm_pruner.models.older_code import is_own_code
 from llm_pruner.models.streaming import (
     as_before,
@@ -112,8 +113,9 @@ def save_checkpoint(
 
     Raises:
         UserError: ``out`` cannot be written, see ``check_output``, ``max_shard_size`` is no size,
-            the model is quantized, or the layers that are left are refused by its config class, or
-            would load as another model.
+            the model is quantized, its generation config was changed to one that transformers does
+            not save, or the layers that are left are refused by its config class, or would load as
+            another model.
         OSError: the disk is full, or the like.
         LLMPrunerError: the edits do not lead from the dense config to this model.
     """
@@ -140,6 +142,7 @@ def save_checkpoint(
                 # A shard of a model that is read block by block is in memory when it is written.
                 most = (max_shard_size,) if state is None else (max_shard_size, SHARD)
                 shard = min(most, key=bytes_of)
+                _require_valid_generation(model, folder)
                 model.save_pretrained(folder, max_shard_size=shard, state_dict=state)
                 if tokenizer is not None:
                     save_tokenizer(tokenizer, folder)
@@ -227,6 +230,22 @@ def _require_valid(config: PreTrainedConfig) -> None:
         ) from error
 
 
+def _require_valid_generation(model: PreTrainedModel, folder: Path) -> None:
+    """Raise UserError if transformers does not save how the model generates.
+
+    It saves what was published as it is; what was changed since has to make sense.
+    """
+    if not model.can_generate():
+        return
+    try:
+        model.generation_config.save_pretrained(folder)
+    except ValueError as error:
+        raise UserError(
+            f"the model's generation config cannot be saved ({in_short(error)}); change it, or "
+            "give the model the one that it had"
+        ) from error
+
+
 def _require_no_other(config: PreTrainedConfig, model: PreTrainedModel, edits: Edits) -> None:
     """Raise UserError if without the folder's code its weights would silently be another model."""
     if not remote_code.is_of_transformers(type(model)):
@@ -276,6 +295,7 @@ def _checked(
     Numbers that modules of ``model`` hold and the recipe does not give are added to it, so that
     what loads is what was verified.
     """
+    recipe = replace(recipe, shapes=with_own_rows(model, recipe.shapes))
     rebuilt = meta.build_meta(type(model), dense_config)
     quantizer.cut_skeleton_(rebuilt, recipe, kept_config)
     quantizer.finish_(rebuilt, recipe)

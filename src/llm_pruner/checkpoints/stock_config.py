@@ -173,7 +173,11 @@ def _shorter(
     lists = {
         path: [value[index] for index in kept]
         for path, value in meta.entries(trials.config)
-        if isinstance(value, list) and len(value) == count and not _names_all(value)
+        if isinstance(value, list)
+        and len(value) == count
+        and not _names_all(value)
+        and "token"
+        not in path.rpartition(".")[2]  # eos_token_id may name as many as there are layers
     }
     for path, value in meta.entries(trials.config):
         if meta.is_integer(value) and value == count >= 2:

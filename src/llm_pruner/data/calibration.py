@@ -426,8 +426,7 @@ def read_calibration(
     loaded: LoadedModel, asked: CalibrationSettings, seed: int, clock: Clock, unseen: int = 0
 ) -> Calibration:
     """Return the calibration text of a run; arguments and errors as ``build_calibration``."""
-    if loaded.tokenizer is None:
-        raise UserError(f"{loaded.name} has no tokenizer, so no text can be read; add one")
-    text = build_calibration(asked, loaded.tokenizer, loaded.model, seed=seed, unseen=unseen)
+    tokenizer = loaded.require_tokenizer()
+    text = build_calibration(asked, tokenizer, loaded.model, seed=seed, unseen=unseen)
     clock.stop("calibration text")
     return text

@@ -113,6 +113,12 @@ class LoadedModel:
         """Raise UserError if its files have changed since; weights may be read from them late."""
         on_disk.check_file_states(self.stored)
 
+    def require_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer; raise UserError if there is none."""
+        if self.tokenizer is None:
+            raise UserError(f"{self.name} has no tokenizer, so no text can be read; add one")
+        return self.tokenizer
+
 
 def load_model(
     source: str,
