@@ -30,7 +30,7 @@ from llm_pruner.evaluation.samples import encoded, sample_continuation, strip_co
 from llm_pruner.evaluation.skills import GSM8K_METRIC, gsm8k, human_eval, human_eval_prompts, share
 from llm_pruner.evaluation.zero_shot import MetricResult, TaskResult, kept
 from llm_pruner.settings.evaluate import EvaluateSettings
-from trained_tokenizers import MADE
+from trained_tokenizers import MADE, byte_level
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -322,6 +322,21 @@ def test_health_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         lp.load(save_tiny(tmp_path / "m", num_hidden_layers=2)), ["Why do people sing?"]
     )
     assert (found.prompts, found.new_tokens, found.endless.count) == ("given", 40, 1)
+
+
+def test_answers_of_a_gguf_file_and_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health_module, "ANSWER_TOKENS", 12)
+    dense, file = tmp_path / "dense", tmp_path / "dense.gguf"
+    tokenizer = byte_level()
+    tiny_model("qwen3", vocab_size=len(tokenizer)).save_pretrained(dense)
+    tokenizer.save_pretrained(dense)
+    done("export", dense, "--type", "f16", "--out", file)
+    (tmp_path / "prompts.txt").write_text("Tell me of the bridge.\n\nWhy do people sing?\n")
+    asked = ("--health", "--health-prompts", tmp_path / "prompts.txt", "--json", "-")
+    alone = json.loads(done("evaluate", file, *asked).out)
+    assert alone["health"]["endless"]["count"] == 2
+    both = json.loads(done("evaluate", dense, *asked, "--against", file).out)
+    assert both["dense"]["health"] == alone["health"]
 
 
 def test_sums_are_those_of_the_harness(tmp_path: Path) -> None:

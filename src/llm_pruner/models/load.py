@@ -301,7 +301,8 @@ def exceeds(model: ModelSettings, memory: int) -> bool:
 
     Raises UserError: it cannot be loaded, or a weight file is damaged.
     """
-    if _method(check(model, packed=True)) not in (None, _OWN_METHOD):
+    config = check(model, packed=True)
+    if config is None or _method(config) not in (None, _OWN_METHOD):
         return False
     size = _bytes_by_block(model.model, model.revision, model.dtype)
     return size is not None and size > memory
