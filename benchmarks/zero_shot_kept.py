@@ -7,8 +7,9 @@
 DIR holds boolq.jsonl and so on. SmolLM2-135M is evaluated dense, pruned by the presets `paper` and
 `best` to ``--params`` parameters (113.3M: a fifth of the blocks gone), and recovered: each
 ``--recovered`` is a name and a folder that `recover` or another package wrote. Beside the mean of
-the seven and of the six without BoolQ it gives the share of accuracy above chance that is kept:
-mean over tasks of accuracy minus chance, over that of the dense model. Writes
+the seven and of the six without BoolQ it gives the share of accuracy above chance that is kept
+(mean over tasks of accuracy minus chance, over that of the dense model) and the flips, as
+``evaluate --against`` does. Writes
 benchmarks/results/zero_shot_kept.json after each model, and goes on from there when it is run
 again; pruned models are kept in ``--work``.
 """
@@ -17,21 +18,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from commands import keep, llm_pruner, name_of, results_in, stamp
+from llm_pruner.evaluation import zero_shot
 from machine import machine
 
 RESULTS = Path(__file__).parent / "results"
-CHANCE = {
-    **{"boolq": 1 / 2, "piqa": 1 / 2, "winogrande": 1 / 2},
-    **{"hellaswag": 1 / 4, "arc_easy": 1 / 4, "arc_challenge": 1 / 4, "openbookqa": 1 / 4},
-}
+RESULT = TypeAdapter(zero_shot.TaskResult)
 
 
 def evaluated(model: object, data: Path, dtype: str, limit: int | None = None) -> dict[str, Any]:
@@ -43,55 +43,30 @@ def evaluated(model: object, data: Path, dtype: str, limit: int | None = None) -
         some = () if limit is None else ("--limit", limit)
         llm_pruner("evaluate", model, *tasks, *some, "--no-cache", "--json", file)
         found = json.loads(file.read_text())["zero_shot"]
-    each = {
-        task["task"]: {
-            "metric": task["paper_metric"],
-            "items": task["documents"],
-            **{k: task["metrics"][task["paper_metric"]][k] for k in ("value", "stderr")},
-        }
-        for task in found["tasks"]
-    }
     return {
-        "tasks": each,
-        "mean of seven": mean(each, tuple(CHANCE)),
-        "mean without boolq": mean(each, tuple(CHANCE)[1:]),
-        "above chance": above_chance(each),
+        "tasks": {one["task"]: one for one in found["tasks"]},
+        "mean of seven": found["mean"],
+        "mean without boolq": found["mean_without_boolq"],
         "seconds": round(time.perf_counter() - begin, 1),
         "versions": found["versions"],
     }
 
 
-def mean(each: Mapping[str, Mapping[str, float]], tasks: tuple[str, ...]) -> dict[str, float]:
-    """Return the mean over tasks and its standard error, for tasks that are independent."""
-    value = sum(each[task]["value"] for task in tasks) / len(tasks)
-    error = math.sqrt(sum(each[task]["stderr"] ** 2 for task in tasks)) / len(tasks)
-    return {"value": value, "stderr": error}
-
-
-def above_chance(
-    each: Mapping[str, Mapping[str, float]], tasks: tuple[str, ...] = tuple(CHANCE)
-) -> dict[str, float]:
-    """Return the mean over tasks of accuracy minus chance."""
-    found = mean(each, tasks)
-    return {**found, "value": found["value"] - sum(CHANCE[one] for one in tasks) / len(tasks)}
-
-
-def kept(found: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Return each mean over that of the dense model, with the error of a quotient."""
+def kept(found: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what is kept of the dense model's accuracy above chance, and the flips."""
     shares = {}
-    six = "above chance without boolq"
-    for name in ("mean of seven", "mean without boolq", "above chance", six):
-        both = [
-            above_chance(one["tasks"], tuple(CHANCE)[1:]) if name == six else one[name]
-            for one in (found, dense)
+    for name, left_out in {"seven": (), "without boolq": ("boolq",)}.items():
+        of = [
+            [
+                RESULT.validate_python(one)
+                for task, one in each["tasks"].items()
+                if task not in left_out
+            ]
+            for each in (found, dense)
         ]
-        (a, da), (b, db) = ((one["value"], one["stderr"]) for one in both)
-        # The items are the same, so the two errors go together; taken as independent, this is
-        # more than the true error.
-        shares[name] = {
-            "value": round(a / b, 4),
-            "stderr": round(abs(a / b) * math.hypot(da / a, db / b), 4),
-        }
+        share = zero_shot.kept(*of, "dense")
+        assert share is not None
+        shares[name] = {key: value for key, value in vars(share).items() if key != "against"}
     return shares
 
 

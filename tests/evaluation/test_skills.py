@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import GenerationMixin
@@ -231,6 +232,49 @@ def test_what_is_kept_is_above_chance() -> None:
     assert guessing is not None
     assert guessing.value is None
     assert kept(own[2:], dense, "dense") is None
+
+
+def answered(task: str, right: str, digest: str | None = "the same") -> TaskResult:
+    """Return what the harness gives for answers that are right (1) or wrong (0)."""
+    value, count = right.count("1") / len(right), len(right)
+    error = math.sqrt(value * (1 - value) / (count - 1))
+    metrics = {"acc": MetricResult(value, error, True)}
+    return TaskResult(task, metrics, "acc", count, count, 0, "1", 0, digest, right)
+
+
+def test_the_error_of_what_is_kept_is_of_pairs_of_answers() -> None:
+    random = np.random.default_rng(0)
+    dense = (random.random((2, 400)) < [[0.8], [0.6]]).astype(int)
+    own = np.where(random.random((2, 400)) < 0.1, 1 - dense, dense)
+    texts = [["".join(map(str, row)) for row in rows.tolist()] for rows in (own, dense)]
+    names = ("piqa", "arc_easy")
+    both = [[*map(answered, names, rows)] for rows in texts]
+    found = kept(*both, "dense")
+    assert found is not None
+    assert found.value is not None
+    assert found.stderr is not None
+    # Drawn again and again from the same documents, in pairs.
+    chance = np.array([[0.5], [0.25]])
+    shares = []
+    for _ in range(4000):
+        drawn = random.integers(0, 400, (2, 400))
+        above = [np.take_along_axis(rows, drawn, 1) - chance for rows in (own, dense)]
+        shares.append(above[0].mean() / above[1].mean())
+    assert found.stderr == pytest.approx(float(np.std(shares)), rel=0.05)
+    assert found.flips == pytest.approx(float((own != dense).mean()))
+    assert found.flips_stderr == pytest.approx(
+        math.hypot(*(np.std(row, ddof=1) for row in (own != dense).astype(float))) / 20 / 2
+    )
+    # Of other documents nothing is a pair.
+    others = [answered(name, text, "others") for name, text in zip(names, texts[1], strict=True)]
+    apart = kept(both[0], others, "dense")
+    assert apart is not None
+    assert (apart.value, apart.flips) == (found.value, None)
+    assert apart.stderr is not None
+    assert apart.stderr > 1.5 * found.stderr
+    same = kept(both[1], both[1], "dense")
+    assert same is not None
+    assert (same.value, same.stderr, same.flips, same.flips_stderr) == (1, 0, 0, 0)
 
 
 @pytest.fixture

@@ -110,7 +110,6 @@ def test_numbers_are_those_of_the_harness(
             tasks=list(LOCAL_TASKS),
             batch_size=3,
             device="cpu",
-            log_samples=False,
             task_manager=TaskManager(include_path=str(offline), include_defaults=False),
         )
     found = evaluate(models[kind], "--tasks", "paper", "--tasks-data", data)["zero_shot"]
@@ -122,6 +121,9 @@ def test_numbers_are_those_of_the_harness(
             assert metric["stderr"] == pytest.approx(theirs[f"{name}_stderr,none"], abs=1e-12)
             compared += 1
         assert mine["documents"] == wanted["n-samples"][task]["effective"] == 6
+        metric = PAPER_METRICS[task]
+        answers = sorted(wanted["samples"][task], key=lambda one: one["doc_id"])
+        assert mine["right"] == "".join(str(int(one[metric])) for one in answers)
     assert compared == 2 * 7 - 2  # BoolQ and WinoGrande have no acc_norm
     assert found["by_name"]["boolq"]["truncated"] == 2
 

@@ -100,6 +100,9 @@ def show(found: Measured) -> None:
     if found.kept is not None and found.kept.value is not None:
         shown = in_percent(found.kept.value, found.kept.stderr)
         out.print(f"accuracy above chance kept of {clean(found.kept.against)}: {shown}%")
+    if found.kept is not None and found.kept.flips is not None:
+        shown = in_percent(found.kept.flips, found.kept.flips_stderr)
+        out.print(f"answered right by one of both alone (flips): {shown}%")
     _show_abilities(out, found)
     if found.speed is not None:
         out.print(

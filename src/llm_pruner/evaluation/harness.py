@@ -217,8 +217,9 @@ def run(lm: LoadedLM, task: PreparedTask, limit: int | None) -> list[zero_shot.T
             each.set_config(key="num_fewshot", value=0)
         each.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     lm.terminal, lm.title, lm.truncated = sys.stderr, task.name, 0
+    known = not zero_shot.PAPER_METRICS.keys().isdisjoint(task.tasks["tasks"])
     with quiet():
-        found = evaluator.evaluate(lm, task.tasks, limit=limit, log_samples=False)
+        found = evaluator.evaluate(lm, task.tasks, limit=limit, log_samples=known)
     # Of several they are counted together, and told of the group or, of a tag, of its first task.
     names = [*found["results"]]
     of = task.name if task.name in names else names[0]
@@ -255,7 +256,17 @@ def _result(name: str, found: dict[str, Any], truncated: int) -> zero_shot.TaskR
         num_fewshot=found["n-shot"].get(name) or 0,
         version=str(found["versions"].get(name)),
         truncated=truncated,
+        right=_right(name, found),
     )
+
+
+def _right(name: str, found: dict[str, Any]) -> str | None:
+    """Return whether each document was answered right by the paper's metric, as 0 and 1."""
+    metric = zero_shot.PAPER_METRICS.get(name)
+    if metric is None:
+        return None
+    answers = sorted(found["samples"][name], key=lambda one: one["doc_id"])
+    return "".join(str(int(one[metric])) for one in answers)
 
 
 def _members(name: str, found: dict[str, Any]) -> set[str]:

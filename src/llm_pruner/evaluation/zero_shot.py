@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from llm_pruner.errors import LLMPrunerError, UserError
@@ -165,6 +166,8 @@ class TaskResult:
         paper_metric: the one that LLM-Pruner reports, or None.
         documents_total: number that the task has.
         truncated: answers that were too long for the model with their text, which lost its start.
+        right: whether each document was answered right by ``paper_metric``, in their order, as 0
+            and 1; None without that metric, and of results of earlier versions.
     """
 
     task: str
@@ -176,6 +179,7 @@ class TaskResult:
     version: str
     truncated: int
     digest: str | None = None
+    right: str | None = None
 
 
 @dataclass(frozen=True)
@@ -220,37 +224,75 @@ class Kept:
         against: name of the dense model.
         tasks: task -> (a - chance) / (d - chance), for accuracies a and d by the paper's metric;
             None where the dense model is no better than chance.
-        value: the same of the means over these tasks; None likewise.
-        stderr: its standard error, for errors of a and d that are independent. On the same items
-            they go together, so it is more than the true one. None where one of them is unknown.
+        value: r, the same of the means over these tasks; None likewise.
+        stderr: its standard error, that of the mean of a - r d over the documents, by the mean of
+            d - chance; a and d taken as independent where answers to the same documents are not
+            known, which is more. None where an error is unknown.
+        flips: share of documents that one of both answers right and the other wrong, the mean over
+            the tasks (arXiv 2407.09141); None where answers to the same documents are not known.
+        flips_stderr: its standard error.
     """
 
     against: str
     tasks: dict[str, float | None]
     value: float | None
     stderr: float | None
+    flips: float | None = None
+    flips_stderr: float | None = None
 
 
 def kept(model: Sequence[TaskResult], dense: Sequence[TaskResult], against: str) -> Kept | None:
     """Return what is kept on those of the paper's tasks that both were put to; None without any."""
-    found = [
-        {r.task: r.metrics[r.paper_metric] for r in results if r.task in CHANCE and r.paper_metric}
-        for results in (model, dense)
-    ]
-    tasks = [task for task in found[0] if task in found[1]]
-    if not tasks:
+    known = {one.task: one for one in dense if one.paper_metric}
+    pairs = {
+        one.task: (one, known[one.task])
+        for one in model
+        if one.task in CHANCE and one.paper_metric and one.task in known
+    }
+    if not pairs:
         return None
-    above = [[one[task].value - CHANCE[task] for task in tasks] for one in found]
-    known = [[e for task in tasks if (e := one[task].stderr) is not None] for one in found]
-    value, stderr = _quotient(sum(above[0]), sum(above[1])), None
-    if value is not None and all(len(errors) == len(tasks) for errors in known):
-        stderr = math.hypot(*known[0], *(value * error for error in known[1])) / sum(above[1])
+    above = {
+        task: [_measured(one).value - CHANCE[task] for one in pair] for task, pair in pairs.items()
+    }
+    whole = sum(of for _, of in above.values())
+    value = _quotient(sum(part for part, _ in above.values()), whole)
+    errors = [] if value is None else [_difference_error(*each, value) for each in pairs.values()]
+    answers = [both for each in pairs.values() if (both := _both_right(*each)) is not None]
+    flips = [own != other for own, other in answers] if len(answers) == len(pairs) else []
     return Kept(
         against=against,
-        tasks={t: _quotient(a, d) for t, a, d in zip(tasks, *above, strict=True)},
+        tasks={task: _quotient(*each) for task, each in above.items()},
         value=value,
-        stderr=stderr,
+        stderr=None if not errors or None in errors else math.hypot(*filter(None, errors)) / whole,
+        flips=float(np.mean([one.mean() for one in flips])) if flips else None,
+        flips_stderr=math.hypot(*map(_mean_error, flips)) / len(flips) if flips else None,
     )
+
+
+def _measured(result: TaskResult) -> MetricResult:
+    return result.metrics[str(result.paper_metric)]
+
+
+def _both_right(model: TaskResult, dense: TaskResult) -> np.ndarray | None:
+    """Return which documents each of two answers right, (2, documents); None if not of the same."""
+    rows = (model.right, dense.right)
+    if None in rows or model.digest != dense.digest or model.paper_metric != dense.paper_metric:
+        return None
+    both = [np.array([*map(int, str(row))], dtype=float) for row in rows]
+    return np.stack(both) if both[0].shape == both[1].shape and len(both[0]) > 1 else None
+
+
+def _difference_error(model: TaskResult, dense: TaskResult, share: float) -> float | None:
+    """Return the standard error of a - share d, for the accuracies a and d of two models."""
+    both = _both_right(model, dense)
+    if both is not None:
+        return _mean_error(both[0] - share * both[1])
+    a, d = (_measured(one).stderr for one in (model, dense))
+    return None if a is None or d is None else math.hypot(a, share * d)
+
+
+def _mean_error(values: np.ndarray) -> float:
+    return float(np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
 def _quotient(part: float, whole: float) -> float | None:

@@ -271,15 +271,20 @@ def _shares(found: Measured | Abilities) -> Iterator[data.Measurement]:
     skills = len(found.skills)
     for number, (name, one, of) in enumerate(shares(found)):
         yield _between(name, "share", one.value, one.stderr, number < skills, of)
-    if isinstance(found, Measured) and (kept := found.kept) and kept.value is not None:
+    if isinstance(found, Measured) and (kept := found.kept):
         results = () if found.zero_shot is None else found.zero_shot.tasks
         counted = [result for result in results if result.task in kept.tasks]
         items = sum(result.documents for result in counted)
         tasks = f"{', '.join(kept.tasks)} ({items:,} items)"
-        name = f"accuracy above chance kept against {kept.against}, {tasks}"
         kind = None if found.zero_shot is None else found.zero_shot.dtype
         of = digest_of([result.digest for result in counted], kind, found.fingerprint_against)
-        yield _between(name, "share", kept.value, kept.stderr, True, of)
+        beside = f"against {kept.against}, {tasks}"
+        if kept.value is not None:
+            name = f"accuracy above chance kept {beside}"
+            yield _between(name, "share", kept.value, kept.stderr, True, of)
+        if kept.flips is not None:
+            name = f"answered right by one of both alone (flips) {beside}"
+            yield _between(name, "share", kept.flips, kept.flips_stderr, False, of)
 
 
 def _between(
