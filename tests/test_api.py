@@ -364,6 +364,11 @@ def test_what_needs_a_model_says_so(model: lp.Model, place: Path) -> None:
             lambda *_: lp.read_plan({"groups": []}),
             "source is of type dict; give the path of a plan",
         ),
+        (lambda m, *_: m.save(None), "out is of type NoneType; give the folder to write"),
+        (
+            lambda m, *_: lp.save_checkpoint(m, b"x", edits=Edits()),
+            "out is of type bytes; give the folder to write",
+        ),
         (lambda m, *_: m.save("x", max_shard_size=10**9), "max_shard_size is of type int; give a"),
         (
             lambda m, g, p: lp.save_checkpoint(m.network, Path("x"), edits=p),

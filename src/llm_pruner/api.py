@@ -98,8 +98,9 @@ class Model:
         """Write a folder that ``from_pretrained`` loads; weights in the type they were stored in.
 
         Raises:
-            UserError: the folder is taken.
+            UserError: the folder is taken, or ``out`` is none.
         """
+        require_kind("out", out, (str, Path), "the folder to write")
         out = expanded(out)
         with stored_as(self.network, self.loaded.stored_dtype):
             save_checkpoint(

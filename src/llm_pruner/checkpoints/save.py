@@ -121,6 +121,7 @@ def save_checkpoint(
     """
     model = module_of(model)
     require_kind("model", model, PreTrainedModel, "a model of transformers")
+    require_kind("out", out, (str, Path), "the folder to write")
     require_kind("edits", edits, Edits, "what prune_ returned of a module; Edits() if it is whole")
     require_kind("plan_json", plan_json, str | None, "plan.to_json()")
     check_shard_size(max_shard_size)
