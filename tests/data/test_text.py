@@ -102,6 +102,10 @@ def test_other_json_shapes(tmp_path: Path) -> None:
     assert load_documents(tagged).texts == ("A long story",)
     record = '{"messages": [], "question": "q", "answer": "a", "context": {"of": ["x"]}}'
     assert load_documents(write(tmp_path / "d.jsonl", record)).texts == ("q\n\na",)
+    numbers = write(tmp_path / "n.jsonl", '{"question": "How many?", "answer": 7}')
+    with pytest.raises(UserError, match=r"beside 'question' a field 'answer' that is a number"):
+        load_documents(numbers)
+    assert load_documents(numbers, text_field="question").texts == ("How many?",)
     for record in (
         {"text": "x", "tags": [{"a": "b"}]},
         {"messages": [{"role": "u", "content": "x"}]},

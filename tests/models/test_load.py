@@ -36,7 +36,7 @@ from llm_pruner.evaluation.result_cache import shared_corpora
 from llm_pruner.models import load as loading
 from llm_pruner.models import stored as sources
 from llm_pruner.models.gguf_file import drop_tokens_beyond_, weights_in
-from llm_pruner.models.load import fingerprint, load_model
+from llm_pruner.models.load import fingerprint, load_model, load_tokenizer
 from llm_pruner.models.streaming import is_model_streamed
 from llm_pruner.settings.common import ModelSettings
 
@@ -357,6 +357,13 @@ def test_bad_gguf(content: bytes | None, message: str, tmp_path: Path) -> None:
         file.write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_model(str(file))
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(ModelSettings(model=str(file)))
+
+
+def test_a_folder_may_be_called_like_a_file(folder: Path, tmp_path: Path) -> None:
+    place = shutil.copytree(folder, tmp_path / "m.gguf")
+    assert load_model(str(place)).tokenizer is not None
 
 
 @pytest.fixture

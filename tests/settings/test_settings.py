@@ -358,6 +358,12 @@ def test_what_is_said_later_wins(tmp_path: Path) -> None:
     file.write_text("learning_rate: {full: 1.0e-4}\n")
     trained = TrainingSettings(preset=str(file), method="lora")
     assert trained.learning_rate == TrainingSettings.model_fields["learning_rate"].default
+    for preset, method in (("batch_size: 2\n", "full"), ("learning_rate: {lora: 1.0}\n", "blocks")):
+        file.write_text(preset)
+        trained = TrainingSettings(preset=str(file), method=method)
+        assert trained.learning_rate == TrainingSettings(method=method).learning_rate < 1e-3
+        file.write_text(f"{preset}method: {method}\n")
+        assert TrainingSettings(preset=str(file)).learning_rate == trained.learning_rate
     file.write_text("model: m\nout: o\ndata: [{text: a.txt}]\n")
     with pytest.raises(UserError, match=r"--data .*: input should be a valid string; correct it"):
         RecoverSettings.read({}, file)

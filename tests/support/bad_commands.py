@@ -160,6 +160,15 @@ TABLE: dict[str, list[Bad]] = {
                 "another --teacher-cache",
             ),
             (
+                "--teacher dense --teacher-cache o/c",
+                "--teacher-cache o/c lies in o, which this run writes; name a folder of its own",
+            ),
+            (
+                "--teacher dense --teacher-cache o.recovering",
+                "--teacher-cache o.recovering lies in o.recovering, which this run writes; name a "
+                "folder of its own",
+            ),
+            (
                 "--teacher-cache c",
                 "--teacher-cache c keeps what a teacher says; name that with --teacher, or leave "
                 "it out",

@@ -49,7 +49,7 @@ from llm_pruner.files.outputs import (
 )
 from llm_pruner.models.forward import check_length, dtype_name, embedding_rows
 from llm_pruner.models.load import LoadedModel, load, stored_dtype
-from llm_pruner.models.stored import dtype_named, records_of, stored_size
+from llm_pruner.models.stored import dtype_named, local_path, records_of, stored_size
 from llm_pruner.recovery import Outcome, Progress, Teacher, recover_
 from llm_pruner.recovery.callbacks import EndAt
 from llm_pruner.recovery.methods.full import check_type
@@ -425,6 +425,11 @@ class _Run:
         return replace(result, bytes=saved.bytes, report=page_in(saved.path))
 
 
+def _is_same(one: str, other: str) -> bool:
+    """Whether two names are of one model; of folders and files, of one place."""
+    return one == other or local_path(one).resolve() == local_path(other).resolve()
+
+
 def check_run(settings: RecoverSettings, work: Path) -> None:
     """Raise UserError for what can be refused without reading anything; the run is in ``work``."""
     check_training(settings)
@@ -438,6 +443,13 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
                 "with --teacher, or leave it out"
             )
         check_place(settings.teacher_cache / "cache", "--teacher-cache")
+        place = settings.teacher_cache.resolve()
+        for taken in (settings.out.resolve(), work.resolve()):
+            if taken in (place, *place.parents):
+                raise UserError(
+                    f"--teacher-cache {settings.teacher_cache} lies in {taken.name}, which this "
+                    "run writes; name a folder of its own"
+                )
     for name in DistillationSettings.model_fields:
         if name in settings.given and settings.teacher is None:
             raise UserError(
@@ -451,7 +463,7 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
             "add --perplexity SRC or leave it out"
         )
     check_data(settings)
-    if settings.control is not None and settings.control == settings.model:
+    if settings.control is not None and _is_same(settings.control, settings.model):
         raise UserError(
             f"--control {settings.control} is the model that is recovered; name the dense model "
             "that it was cut from"

@@ -163,6 +163,14 @@ def _text_fields(row: Mapping[str, Any], name: str, text_field: str | None) -> t
     if (known := _known_fields(row)) is not None:
         return known
     texts = [field for field, value in row.items() if isinstance(value, str)]
+    if texts in ([one] for one in QUESTIONS):
+        for field in ANSWERS:
+            if row.get(field) is not None:
+                raise UserError(
+                    f"{name} has beside {texts[0]!r} a field {field!r} that is "
+                    f"{_kind(row[field])}, not a string; write it as text, or name the field of "
+                    "the text with --text-field"
+                )
     if not texts:
         raise UserError(
             f"{name} has no string field (fields: {', '.join(map(str, row)) or 'none'}); "

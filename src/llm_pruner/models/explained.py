@@ -13,7 +13,10 @@ from llm_pruner.errors import UserError, in_short
 from llm_pruner.files.disk import expanded
 from llm_pruner.settings.options import near
 
-_UNREAD_KINDS = ("does not recognize this architecture", "not supported yet")
+_UNREAD_KINDS = (
+    *("does not recognize this architecture", "not supported yet"),
+    "Unrecognized model identifier",
+)
 
 
 @contextmanager
@@ -41,7 +44,7 @@ def explained(source: str) -> Iterator[None]:
                 f"({in_short(error)}); install what it lacks, or look for a newer revision of it "
                 "or one that needs no code"
             )
-        elif source.endswith(".gguf") and any(one in text for one in _UNREAD_KINDS):
+        elif expanded(source).suffix == ".gguf" and any(one in text for one in _UNREAD_KINDS):
             message = (
                 f"{source} is of a kind that llama.cpp runs and transformers does not read; name "
                 "the folder that it was made of, or run it with bench --server llama.cpp"

@@ -389,7 +389,7 @@ def _find(
             "leave it out"
         )
     shared = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" and not path.is_dir():
         _check_gguf(path)
         # By its whole path: transformers takes a file of that name in the current folder first.
         return _Found(str(path.parent), path.stem, {"gguf_file": str(path.absolute())})
@@ -559,6 +559,9 @@ def _load_tokenizer(source: str, found: _Found, required: bool) -> PreTrainedTok
     except Exception as error:  # tokenizer code raises whatever its parser raises
         if not required:
             return None
+        if found.is_gguf:  # no file beside it would help
+            with explained(source):
+                raise
         raise UserError(
             f"the tokenizer of {source} cannot be loaded ({in_short(error)}); "
             "put the tokenizer files of the original model beside the weights"
@@ -696,7 +699,7 @@ def load(
     )
     if tokenizer is None:
         return loaded
-    if on_disk.local_path(model.model).suffix == ".gguf":
+    if (place := on_disk.local_path(model.model)).suffix == ".gguf" and place.is_file():
         drop_tokens_beyond_(tokenizer, embedding_rows(loaded.model))
     return replace(loaded, tokenizer=tokenizer)
 

@@ -194,7 +194,7 @@ def licence_of(model: str, revision: str | None) -> str | None:
     from huggingface_hub import ModelCard, try_to_load_from_cache
 
     try:
-        if model == DEFAULT or model.endswith(".gguf"):
+        if model == DEFAULT or (model.endswith(".gguf") and not expanded(model).is_dir()):
             return _gguf_licence(local_path(model))
         folder = expanded(model)
         card: Any = folder / data.CARD_FILE

@@ -154,10 +154,14 @@ class TrainingSettings(Settings):
 
     @classmethod
     def beside(cls, preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-        """Return a preset with the learning rate of the method that is trained with."""
-        rates = preset.get("learning_rate")
+        """Return a preset with the learning rate of the method that is trained with.
+
+        A file that says none for the method has that of the default preset.
+        """
+        rates = preset.get("learning_rate", {})
         if not isinstance(rates, dict):
             return preset
+        rates = {**cls.of_preset(None).get("learning_rate", {}), **rates}
         method = str(given.get("method", preset.get("method", "lora")))
         rest = {name: value for name, value in preset.items() if name != "learning_rate"}
         return {**rest, "learning_rate": rates[method]} if method in rates else rest
