@@ -372,8 +372,29 @@ def test_held_out_examples_are_never_trained_on(tmp_path: Path) -> None:
         split_samples(examples, tokenizer, seq_len=200, held_out=60)
 
 
+@pytest.mark.parametrize("count", [15, 40])
+def test_what_is_alike_as_far_as_it_is_read_is_not_trained_on(
+    count: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Texts that begin alike, as code of one licence does, and chats that the length cuts."""
+    tokenizer = tiny_tokenizer()
+    rows = tuple(Example(text=f"{'x' * 31}{n:3}{n + 1:29}") for n in range(count))
+    made = split_samples(Examples(rows, "a", None), tokenizer, seq_len=32)
+    spelled = [{one.input_ids.tobytes() for one in part} for part in (made.train, made.held_out)]
+    assert spelled[0]
+    assert not spelled[0] & spelled[1]
+    assert not caplog.records
+    made = split_samples(Examples(rows, "a", None), tokenizer, seq_len=32, held_out=count // 2)
+    assert made.train
+    alike = tuple(Example(text=f"{'x' * 31}{n:3}") for n in range(count))
+    made = split_samples(Examples(alike, "a", None), tokenizer, seq_len=32)
+    assert made.train
+    assert "as far as it is read" in caplog.text
+
+
 def test_of_long_texts_that_are_held_out_the_beginnings_are_scored() -> None:
-    rows = tuple(Example(text=f"{n:2} {WORDS * 10}") for n in range(60))
+    texts = ([f"{1000 * n + place:06}" for place in range(160)] for n in range(60))
+    rows = tuple(Example(text=" ".join(text)) for text in texts)
     made = split_samples(Examples(rows, "a", None), tiny_tokenizer(), seq_len=9)
     each = len(made.train) // 57
     assert each > 85

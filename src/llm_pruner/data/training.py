@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -24,6 +25,8 @@ from llm_pruner.data.sequences import (
 )
 from llm_pruner.data.text import PRUNED, SELF
 from llm_pruner.errors import UserError
+
+_LOG = logging.getLogger(__name__)
 
 SELF_SAMPLES = 512
 """Texts that a model writes where nobody says how many."""
@@ -59,9 +62,10 @@ def split_samples(
 ) -> Samples:
     """Return the samples of a source, a random part of its examples held out.
 
-    Exact repeats are dropped, so that no held-out example is trained on, and so is what has nothing
-    to learn. A source of few long texts gives its last windows. Of long examples that are held out
-    only the first windows are scored, and the rest is not used.
+    Exact repeats are dropped, of samples, too, where one of them is held out, so that none of those
+    is trained on, and so is what has nothing to learn. A source of few long texts gives its last
+    windows. Of long examples that are held out only the first windows are scored, and the rest is
+    not used.
 
     Args:
         limit: use at most this many examples, drawn at random.
@@ -86,10 +90,25 @@ def split_samples(
     parts = encode_each(drawn, tokenizer, **encoding)
     count = _count(len(parts), held_out, examples.name)
     judged = [one for each in parts[:count] for one in each[: max(1, _MOST // count)]]
-    train = [*chain.from_iterable(parts[count:])]
-    if any(one.turns for one in drawn):
-        train = _apart(train, judged) or train  # behind the last token that is kept, chats differ
+    train = _trained([*chain.from_iterable(parts[count:])], judged, examples.name)
     return Samples(examples.name, examples.split, train, judged)
+
+
+def _trained(
+    train: list[TrainingSequence], judged: list[TrainingSequence], name: str
+) -> list[TrainingSequence]:
+    """Return what is trained on, which nothing is judged by where anything else is left.
+
+    Long examples may be alike up to the last token that is kept, and so may windows of a text.
+    """
+    apart = _apart(train, judged)
+    if not apart:
+        _LOG.warning(
+            "each sample of %s to train on is the same, as far as it is read, as one that is held "
+            "out, so a gain says little; a longer --seq-len tells them apart",
+            name,
+        )
+    return apart or train
 
 
 def without_held_out(samples: Sequence[Samples]) -> list[Samples]:
@@ -179,7 +198,8 @@ def _last_held_out(
     sequences: list[TrainingSequence], name: str, split: str | None, held_out: int | None
 ) -> Samples:
     count = _count(len(sequences), held_out, "self-made text" if name in (SELF, PRUNED) else name)
-    return Samples(name, split, sequences[:-count], sequences[-count:])
+    train, judged = sequences[:-count], sequences[-count:]
+    return Samples(name, split, _trained(train, judged, name), judged)
 
 
 def _count(samples: int, held_out: int | None, name: str) -> int:
