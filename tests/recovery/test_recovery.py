@@ -42,7 +42,7 @@ from llm_pruner.recovery.callbacks import Pace, Progress
 from llm_pruner.recovery.distill import DirectTeacher
 from llm_pruner.recovery.methods import lora
 from llm_pruner.recovery.objective import Targets, mixed_loss_and_gradient_
-from llm_pruner.recovery.packing import Batch, can_pack, lay_out, step_samples, target_logits
+from llm_pruner.recovery.packing import Batch, StepSamples, can_pack, lay_out, target_logits
 from llm_pruner.recovery.run import Outcome
 from llm_pruner.recovery.scoring import Evaluation, score
 from llm_pruner.recovery.trainer import (
@@ -152,12 +152,20 @@ def test_a_model_that_mixes_packed_samples_is_found_out() -> None:
 
 
 def test_the_order_of_the_data_is_a_function_of_the_seed() -> None:
-    steps = step_samples(10, 4, 7, seed=3)
-    assert steps == step_samples(10, 4, 7, seed=3)
-    assert steps[:3] == step_samples(10, 4, 3, seed=3)
-    assert steps != step_samples(10, 4, 7, seed=4)
+    def order(steps: int, seed: int) -> list[list[int]]:
+        samples = StepSamples(10, 4, steps, seed)
+        return [samples[step] for step in range(len(samples))]
+
+    steps = order(7, seed=3)
+    assert steps == order(7, seed=3)
+    assert steps[:3] == order(3, seed=3)
+    assert steps != order(7, seed=4)
     assert sorted(chain.from_iterable(steps[:3])) == list(range(10))
     assert steps[:3] != steps[3:6]
+    again = StepSamples(10, 4, 7, seed=3)
+    assert [again[step] for step in (5, 1, 6, 0)] == [steps[step] for step in (5, 1, 6, 0)]
+    with pytest.raises(IndexError):
+        again[7]
 
 
 def test_the_rate_warms_up_and_falls_to_zero() -> None:

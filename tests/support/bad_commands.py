@@ -607,7 +607,13 @@ TABLE: dict[str, list[Bad]] = {
                 f"--trainer {one}: recover lays out its own steps, in which "
                 f"{one.partition('=')[0]} does nothing; leave it out",
             )
-            for one in ("label_smoothing_factor=0.5", "save_steps=50", "auto_find_batch_size=true")
+            for one in (
+                "label_smoothing_factor=0.5",
+                "save_steps=50",
+                "auto_find_batch_size=true",
+                "do_train=true",
+                "bf16_full_eval=true",
+            )
         ),
         (
             "--trainer 'lr_scheduler_kwargs={min_lr: 1e-6}'",
@@ -626,7 +632,24 @@ TABLE: dict[str, list[Bad]] = {
         ),
         (
             "--trainer adam_epsilon=tiny",
-            "--trainer adam_epsilon=tiny: tiny is no number; give one",
+            "--trainer adam_epsilon=tiny: tiny is not a valid number; give one",
+        ),
+        (
+            "--trainer gradient_checkpointing_kwargs=5",
+            "--trainer gradient_checkpointing_kwargs=5: 5 is not a valid dictionary; give one",
+        ),
+        (
+            "--trainer tf32=maybe",
+            "--trainer tf32=maybe: maybe is not a valid boolean; give one",
+        ),
+        (
+            "--trainer neftune_noise_alpha=-1",
+            "--trainer neftune_noise_alpha=-1: noise is above 0; correct it, or leave it out",
+        ),
+        (
+            "--trainer optim_target_modules=[q_proj]",
+            "--trainer optim_target_modules=[q_proj] is for optimizers such as galore_adamw; name "
+            "one with --trainer optim=..., or leave it out",
         ),
         (
             "--trainer optim=adamw_8bit",

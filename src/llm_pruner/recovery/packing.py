@@ -157,18 +157,31 @@ def _batch(
     )
 
 
-def step_samples(count: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
-    """Return the samples of each step: every pass over the data in an order of its own.
+class StepSamples:
+    """The samples of each step, by its number: every pass over the data in an order of its own.
 
-    A function of its arguments alone, so that a run that was interrupted goes on with the same
-    data. The last step of a pass may be smaller.
+    A function of the arguments alone, so that a run that was interrupted goes on with the same
+    data. The last step of a pass may be smaller. Orders are drawn when their pass is reached: a run
+    by the clock may be given many more steps than it will do.
     """
-    generator = torch.Generator().manual_seed(seed)
-    chosen: list[list[int]] = []
-    while len(chosen) < steps:
-        order = torch.randperm(count, generator=generator, device="cpu").tolist()
-        chosen.extend(order[i : i + batch_size] for i in range(0, count, batch_size))
-    return chosen[:steps]
+
+    def __init__(self, count: int, batch_size: int, steps: int, seed: int):
+        self._count, self._batch_size, self._steps, self._seed = count, batch_size, steps, seed
+        self._drawn = 0
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __getitem__(self, step: int) -> list[int]:
+        if not 0 <= step < self._steps:
+            raise IndexError(step)
+        number, place = divmod(step, -(-self._count // self._batch_size))
+        if not 0 < self._drawn <= number + 1:
+            self._generator, self._drawn = torch.Generator().manual_seed(self._seed), 0
+        while self._drawn <= number:
+            order = torch.randperm(self._count, generator=self._generator, device="cpu")
+            self._order, self._drawn = order.tolist(), self._drawn + 1
+        return self._order[place * self._batch_size : (place + 1) * self._batch_size]
 
 
 def target_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

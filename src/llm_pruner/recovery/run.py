@@ -27,7 +27,7 @@ from llm_pruner.recovery import checkpoint as state
 from llm_pruner.recovery.callbacks import Guard, Progress, evaluation_interval
 from llm_pruner.recovery.chunked_loss import logits_at_once
 from llm_pruner.recovery.objective import Guide
-from llm_pruner.recovery.packing import can_pack, lay_out, micro_tokens, step_samples
+from llm_pruner.recovery.packing import StepSamples, can_pack, lay_out, micro_tokens
 from llm_pruner.recovery.scoring import Evaluation, score
 from llm_pruner.recovery.trainer import RecoveryTrainer, RunState, Steps, training_arguments
 from llm_pruner.runtime.attention import by_sample
@@ -157,7 +157,7 @@ def recover_(
         if settings.gradient_checkpointing:
             _checkpoint_activations_(trained)
         on_cpu = next(model.parameters()).device.type == "cpu" and not processes.sharded
-        order = step_samples(len(train), settings.batch_size, total, settings.seed)
+        order = StepSamples(len(train), settings.batch_size, total, settings.seed)
         trainer = RecoveryTrainer(
             trained,
             training_arguments(settings, total, unused, work, on_cpu=on_cpu),

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -23,7 +23,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.recovery import checkpoint as state
 from llm_pruner.recovery.chunked_loss import summed_loss
 from llm_pruner.recovery.objective import Guide, text_objective
-from llm_pruner.recovery.packing import Batch, lay_out, target_tokens
+from llm_pruner.recovery.packing import Batch, StepSamples, lay_out, target_tokens
 from llm_pruner.recovery.scoring import Evaluation
 from llm_pruner.runtime.processes import ALONE, Processes
 from llm_pruner.settings.limits import check_installed
@@ -79,9 +79,7 @@ class RunState:
 class Steps(Dataset[list[Batch]]):
     """One item is one optimizer step: the batches of its samples."""
 
-    def __init__(
-        self, sequences: Sequence[TrainingSequence], steps: list[list[int]], **layout: Any
-    ):
+    def __init__(self, sequences: Sequence[TrainingSequence], steps: StepSamples, **layout: Any):
         self._sequences, self._steps, self._layout = sequences, steps, layout
 
     def __len__(self) -> int:
@@ -116,7 +114,13 @@ class RecoveryTrainer(Trainer):
         self.best_weights: dict[str, torch.Tensor] | None = None
         self.last_loss = math.nan
         self._warned = False
-        super().__init__(model=model, args=args, train_dataset=steps, data_collator=_only, **own)
+        own = {"model": model, "args": args, "train_dataset": steps, "data_collator": _only, **own}
+        try:
+            super().__init__(**own)
+        except (KeyError, TypeError, ValueError) as error:
+            if not settings.trainer:
+                raise
+            raise _refused(settings, error) from error
         self.remove_callback(PrinterCallback)
 
     # Data and schedule.
@@ -148,7 +152,9 @@ class RecoveryTrainer(Trainer):
         """Make the optimizer that was named; UserError if its package is missing or refuses."""
         try:
             return super().create_optimizer(*args, **keywords)
-        except (ImportError, ValueError) as error:
+        except (ImportError, KeyError, TypeError, ValueError) as error:
+            if not self.settings.trainer:
+                raise
             raise _refused(self.settings, error) from error
 
     # One step.
@@ -313,8 +319,10 @@ _UNREAD = re.compile(
     "label_smoothing_factor|torch_empty_cache_steps|average_tokens_across_devices"
     "|train_sampling_strategy|length_column_name|dataloader_.*|eval_(?!strategy).*|load_best_model_at_end"
     "|metric_for_best_model|greater_is_better|ignore_data_skip|push_to_hub|hub_.*"
-    "|save_(steps|total_limit|only_model)|resume_from_checkpoint|include_num_input_tokens_seen"
-    "|auto_find_batch_size"
+    "|save_(steps|total_limit|only_model|on_each_node)|resume_from_checkpoint"
+    "|include_num_input_tokens_seen|auto_find_batch_size|do_(train|eval|predict)|\\w+_full_eval"
+    "|per_device_eval_batch_size|prediction_loss_only|include_for_metrics|batch_eval_metrics"
+    "|enable_jit_checkpoint|restore_callback_states_from_checkpoint|logging_first_step|use_cache"
 )
 """The Trainer's arguments that are about its own way through the data and through a step."""
 
@@ -323,6 +331,9 @@ _STEADY = re.compile("constant(_with_warmup)?|inverse_sqrt")
 
 _BY_SCORES = ("reduce_lr_on_plateau", "greedy")
 """Schedules that follow the Trainer's own scores, of which there are none."""
+
+_OF_SOME_MODULES = re.compile(r"(q?galore|apollo)\w*|lomo|adalomo")
+"""Optimizers that read ``optim_target_modules``."""
 
 _OF_BITSANDBYTES = re.compile(
     r"(paged_)?(adamw|lion|ademamix|rmsprop)(_bnb)?_(8|32)bit|ademamix|rmsprop_bnb"
@@ -365,18 +376,28 @@ def trainer_arguments(settings: TrainingSettings) -> dict[str, Any]:
         if name in _set_here(settings) or (name == "warmup_steps" and not names_schedule):
             raise UserError(f"--trainer {one}: recover sets {name} itself; use its own option")
         try:
-            given[name] = yaml.load(value, _Yaml)
+            given[name] = _of_type(types[name], yaml.load(value, _Yaml), value)
         except yaml.YAMLError:
             raise UserError(
                 f"--trainer {one}: {value} is no YAML; close what it opens, or quote it"
             ) from None
+        except ValidationError as error:
+            wanted = error.errors()[0]["msg"].removeprefix("Input should be ").split(",")[0]
+            raise UserError(f"--trainer {one}: {value} is not {wanted}; give one") from None
         if not names_schedule and name == "lr_scheduler_kwargs":
             raise UserError(
                 f"--trainer {one} is for a schedule of the Trainer; name that with --trainer "
                 "lr_scheduler_type=..., or use --schedule"
             )
-        if isinstance(given[name], str) and float in (types[name], *get_args(types[name])):
-            raise UserError(f"--trainer {one}: {value} is no number; give one")
+        if name == "neftune_noise_alpha" and not (given[name] or 1) > 0:
+            raise UserError(f"--trainer {one}: noise is above 0; correct it, or leave it out")
+        if name == "optim_target_modules" and not any(
+            _OF_SOME_MODULES.fullmatch(other.removeprefix("optim=")) for other in settings.trainer
+        ):
+            raise UserError(
+                f"--trainer {one} is for optimizers such as galore_adamw; name one with --trainer "
+                "optim=..., or leave it out"
+            )
         if name == "use_liger_kernel" and given[name]:
             check_installed(f"--trainer {one}", ("liger_kernel",), ", or leave it out")
         if name == "optim" and _OWN_STEP.fullmatch(value):
@@ -387,6 +408,13 @@ def trainer_arguments(settings: TrainingSettings) -> dict[str, Any]:
         if name == "optim" and _OF_BITSANDBYTES.fullmatch(value):
             check_installed(f"--trainer {one}", ("bitsandbytes",), ", or name another optim")
     return given
+
+
+def _of_type(kind: Any, value: Any, text: str) -> Any:
+    """Return ``value``, or the ``text`` that it was read from, as of a type; or ValidationError."""
+    adapter = TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True))
+    names = str in (kind, *get_args(kind)) and "dict" not in str(kind)
+    return adapter.validate_python(text if names and isinstance(value, (int, float)) else value)
 
 
 def training_arguments(
