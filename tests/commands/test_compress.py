@@ -606,6 +606,12 @@ def test_chats_that_the_template_refuses_are_found_before_pruning(
     assert said.startswith("the tokenizer's chat template rejects a chat (2)")
 
 
+def test_data_of_one_sample_is_found_before_pruning(work: Path, made: Path, unloaded: None) -> None:
+    (work / "few.txt").write_text("A line of a few words.")
+    said = refused("compress", made / "dense", "--out", "small", "--data", "few.txt")
+    assert said.startswith("few.txt gives 1 samples and 1 of them are to be held out")
+
+
 def test_what_the_model_refuses_leaves_nothing(work: Path, made: Path) -> None:
     said = refused(*command(made, "--ratio", 0.95))
     assert "0.95" in said

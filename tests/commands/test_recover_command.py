@@ -284,6 +284,8 @@ def test_a_run_goes_on_in_its_types_and_with_less_memory(
         assert run(*command).code == 130
     said = refused(*command, "--resume", "--dtype", "bfloat16")
     assert said.startswith("the interrupted run has dtype=auto and this one dtype=bfloat16; give")
+    said = refused(*command, "--resume", "--samples", 9)
+    assert said.startswith("the interrupted run has samples=None and this one samples=9; give")
     # The way out of a memory that was full; nothing else is changed by it.
     done(*command, "--resume", "--gradient-checkpointing")
     assert seen == [torch.bfloat16] * 2

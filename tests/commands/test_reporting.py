@@ -182,9 +182,9 @@ def test_evaluate_refuses_reports_of_other_models(
     before = contents(work)
     result = run("evaluate", other, "--prompt", "the", "--report", "small")
     assert (result.code, contents(work)) == (2, before)
-    assert "other: 62.0K parameters" in result.out  # what was measured is not lost
+    assert "other: 62.0K parameters" not in result.out  # nothing was measured
     assert f"{other} has 61,968 parameters and is " in result.err
-    asked = "neither the model in small nor tiny, of which it was made; nothing was added"
+    asked = "neither the model in small nor tiny, of which it was made, so its report would not"
     assert asked in result.err
     monkeypatch.setattr(llm_pruner.models.load, "load_model", None)  # not reached
     Path("empty").mkdir()

@@ -80,6 +80,24 @@ CHAT = Example((Turn("user", "Hi?"), Turn("assistant", "Yes."), Turn("user", "So
             },
             Example((Turn("user", "a"), Turn("assistant", "b"))),
         ),
+        (
+            {
+                "system": "Be brief.",
+                "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+            },
+            Example((Turn("system", "Be brief."), Turn("user", "a"), Turn("assistant", "b"))),
+        ),
+        (
+            {
+                "system": "Not this.",
+                "messages": [
+                    {"role": "system", "content": "s"},
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b"},
+                ],
+            },
+            Example((Turn("system", "s"), Turn("user", "a"), Turn("assistant", "b"))),
+        ),
         ({"text": "a b"}, Example(text="a b")),
         ({"input": "Add", "output": "3"}, Example((Turn("user", "Add"), Turn("assistant", "3")))),
         (
@@ -103,6 +121,11 @@ CHAT = Example((Turn("user", "Hi?"), Turn("assistant", "Yes."), Turn("user", "So
 def test_schemas(tmp_path: Path, row: dict[str, Any], wanted: Example) -> None:
     found = load_examples(write(tmp_path / "rows.jsonl", [row]))
     assert found.examples == (wanted,)
+
+
+def test_windows_may_be_shorter_than_a_rest_that_is_left_out() -> None:
+    sequences = encode_examples([Example(text="x" * 20)], tiny_tokenizer(), seq_len=4)
+    assert sum(one.targets for one in sequences) > 10
 
 
 def test_hub_rows_come_with_all_their_fields(monkeypatch: pytest.MonkeyPatch) -> None:

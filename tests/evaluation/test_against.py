@@ -148,11 +148,12 @@ def test_the_command_and_the_report_say_it(
     done("evaluate", small, *asked[:4], "--against", renamed, "--report", small)
     assert "of renamed is no part of the report, which is about dense" in caplog.text
     dense = renamed.rename(dense)
-    # What was measured is shown though it belongs to no model of that report.
+    # What belongs to no model of that report is refused before it is measured.
     other = save_tiny(tmp_path / "other", num_hidden_layers=2)
     stranger = run("evaluate", other, "--perplexity", text, "--seq-len", 64, "--report", small)
     assert stranger.code == 2
-    assert "Perplexity" in stranger.out
+    assert "is neither the model in" in stranger.err
+    assert "Perplexity" not in stranger.out
     refused = run("evaluate", small, "--speed", "--against", dense)
     assert refused.code == 2
     assert (

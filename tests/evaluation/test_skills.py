@@ -20,7 +20,7 @@ import llm_pruner as lp
 import llm_pruner.commands.evaluate
 import llm_pruner.evaluation.health as health_module
 import llm_pruner.models.load
-from command import done, refused, save_tiny, write_text
+from command import done, refused, run, save_tiny, write_text
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.commands.abilities import prepare
 from llm_pruner.errors import UserError
@@ -393,3 +393,24 @@ def test_sums_are_those_of_the_harness(tmp_path: Path) -> None:
     (skill,) = json.loads(done("evaluate", longer, *asked, "--json", "-").out)["skills"]
     assert (skill["name"], skill["metric"], skill["shots"]) == ("gsm8k", "exact_match", 8)
     assert (skill["solved"]["count"], skill["total"]) == (1, 2)
+
+
+def test_sums_that_a_model_cannot_read_are_refused_before_programs_are_written(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "gsm8k.jsonl").write_text('{"question": "1 and 1?", "answer": "#### 2"}\n')
+    (tmp_path / "human_eval.jsonl").write_text(json.dumps(PROBLEM) + "\n")
+    short = save_tiny(tmp_path / "short", num_hidden_layers=2, max_position_embeddings=256)
+    asked = ("--skills", "humaneval,gsm8k", "--skills-data", tmp_path, "--run-code")
+    result = run("evaluate", short, *asked)
+    assert result.code == 2
+    assert result.err.splitlines()[-1].startswith("llm-pruner: --skills gsm8k: gsm8k_cot cannot")
+    assert "humaneval" not in result.out
+
+
+def test_a_speed_needs_no_tokenizer(tmp_path: Path) -> None:
+    bare = save_tiny(tmp_path / "bare", num_hidden_layers=2, max_position_embeddings=512)
+    for name in bare.glob("*token*"):
+        name.unlink()
+    assert "decode" in done("evaluate", bare, "--speed").out
+    assert "has no tokenizer" in run("evaluate", bare, "--prompt", "a").err

@@ -677,6 +677,17 @@ TABLE: dict[str, list[Bad]] = {
             "CUDA_VISIBLE_DEVICES=1 and use --device cuda",
         ),
         (
+            "--trainer lr_scheduler_type=constant --schedule linear",
+            "--schedule linear and --trainer lr_scheduler_type both name a schedule; give one of "
+            "them",
+        ),
+        ("--split test", "--split test is of hub datasets, and t.txt is none; leave it out"),
+        (
+            "--data chat",
+            "source 'chat' is text that the model writes itself, for calibration only; give a text "
+            "file or a dataset name here",
+        ),
+        (
             "--data self",
             "--data self is text that the dense model writes; name that model with --teacher",
         ),
@@ -792,6 +803,7 @@ TABLE: dict[str, list[Bad]] = {
                 "--cache is about tasks and answers; add --tasks NAMES, --skills NAMES or --health "
                 "or leave it out",
             ),
+            ("--split test", "--split test is of hub datasets, and t.txt is none; leave it out"),
             (
                 "--perplexity self",
                 "source 'self' is text that the model writes itself, for calibration only; give a "
@@ -919,6 +931,21 @@ TABLE: dict[str, list[Bad]] = {
                 for value in ("-1", "nan", "inf")
             ),
             ("--seed -1", between("--seed", -1, 0, 2**32 - 1)),
+        ),
+        *bad(
+            "compress",
+            (
+                "--data pruned",
+                "--data pruned is for recover --distill-weight 1, which teaches by the dense model "
+                "alone; use self, or prune first and then recover",
+            ),
+        ),
+        *bad(
+            ("prune", "curve", "vocab"),
+            (
+                "--text-split test",
+                "--text-split test is of hub datasets, and t.txt is none; leave it out",
+            ),
         ),
         *bad("inspect", ("--layer -1", "--layer -1 is no layer; layers count from 0")),
     ],

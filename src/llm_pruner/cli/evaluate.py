@@ -158,7 +158,11 @@ def _show_tasks(out: Screen, found: ZeroShot, dense: Abilities | None) -> None:
             out.print(f"mean of the {words}: {', '.join(shown)}")
     if any(result.paper_metric for result in found.tasks):
         out.print("* the metric that LLM-Pruner reports, and that a mean takes")
-    cut = [f"{result.truncated:,} of {result.task}" for result in found.tasks if result.truncated]
+    cut = [
+        f"{result.truncated:,} answers of {result.task}"
+        for result in found.tasks
+        if result.truncated
+    ]
     if cut:
         out.print(f"longer than the model reads, so their start was cut: {clean(', '.join(cut))}")
     if found.cached:

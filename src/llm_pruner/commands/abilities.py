@@ -40,6 +40,7 @@ class Late:
     Attributes:
         room: gives the bytes that the weights may take on a device.
         asked: prompts that it will be given, which are refused as soon as it is there.
+        reads_text: whether it is refused without a tokenizer.
         identity: by which they are kept; None where nothing is.
     """
 
@@ -47,10 +48,12 @@ class Late:
     keeps: bool
     room: Callable[[str], int]
     asked: Sequence[Asked] = ()
+    reads_text: bool = True
 
     @cached_property
     def loaded(self) -> LoadedModel:
-        found = load(self.settings, packed=True, memory=self.room(self.settings.device))
+        how = {"packed": True, "tokenizer_required": self.reads_text}
+        found = load(self.settings, memory=self.room(self.settings.device), **how)
         for asked in self.asked:
             check_prompts(found, asked)
         return found
@@ -154,11 +157,17 @@ def abilities(settings: EvaluateSettings, prepared: Prepared, late: Late) -> Abi
     def answers(asked: Asked) -> Any:
         return written(asked, lambda: late.loaded, settings.sequences, late.key)
 
+    sums = None
+    if prepared.sums is not None:  # which may be refused
+        try:
+            sums = skills.gsm8k(harness.results(prepared.sums)[0], dtype)
+        except UserError as error:
+            raise UserError(f"--skills gsm8k: {error}") from error
     if prepared.problems:
         programs = answers(skills.human_eval_prompts(prepared.problems))
         found.append(skills.human_eval(prepared.problems, programs, prepared.total, dtype))
-    if prepared.sums is not None:
-        found.append(skills.gsm8k(harness.results(prepared.sums)[0], dtype))
+    if sums is not None:
+        found.append(sums)
     long = None
     if prepared.prompts is not None:
         asked = prepared.prompts

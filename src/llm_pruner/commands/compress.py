@@ -21,7 +21,12 @@ from llm_pruner.commands.evaluate import measure_apart, read_texts
 from llm_pruner.commands.prune import PruneRun
 from llm_pruner.commands.prune_start import check_space, criterion_of, selection_of, target_of
 from llm_pruner.commands.publish import check_push
-from llm_pruner.commands.recover import check_training, recover_checkpoint, ways_to_load
+from llm_pruner.commands.recover import (
+    check_training,
+    read_examples,
+    recover_checkpoint,
+    ways_to_load,
+)
 from llm_pruner.commands.vocab import RECORD, vocab
 from llm_pruner.commands.workdir import (
     COMPRESSING,
@@ -35,11 +40,11 @@ from llm_pruner.commands.workdir import (
     read_values,
 )
 from llm_pruner.data.calibration import check_calibration
-from llm_pruner.data.examples import Examples, load_examples
+from llm_pruner.data.examples import Examples
 from llm_pruner.data.files import BEGINNING
 from llm_pruner.data.selfmade import CHUNK, write_text_cached
-from llm_pruner.data.sequences import check_chats, encode_each
-from llm_pruner.data.text import DEMO_PROMPTS, SELF, shares_of
+from llm_pruner.data.text import DEMO_PROMPTS, PRUNED, SELF, shares_of
+from llm_pruner.data.training import check_samples
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import result_cache
 from llm_pruner.evaluation.footprint import model_size
@@ -185,7 +190,13 @@ def check_settings(settings: CompressSettings) -> None:
         trains, minutes = settings.trains(), (settings.time_budget or 0) / 60
         check_training(trains.but(max_minutes=trains.max_minutes or minutes) if minutes else trains)
         _require_room(settings)
-        found = [load_examples(one, limit=BEGINNING) for one in settings.data if one != SELF]
+        if PRUNED in settings.data:
+            raise UserError(
+                "--data pruned is for recover --distill-weight 1, which teaches by the dense model "
+                "alone; use self, or prune first and then recover"
+            )
+        trained = RecoverSettings(model=settings.model, data=settings.data, out=settings.out)
+        found = [*read_examples(trained.but(samples=BEGINNING)).values()]
     check_calibration(pruning)
     texts = read_texts(settings.perplexity, PerplexitySettings())
     check_shard_size(settings.max_shard_size)
@@ -210,8 +221,7 @@ def check_settings(settings: CompressSettings) -> None:
     for text in texts:
         check_windows(shell, tokenizer, text, windows, option=None)
     for one in found:  # a chat template may refuse what is only trained on after pruning
-        encode_each(one.examples[:BEGINNING], tokenizer, seq_len=settings.trains().seq_len)
-        check_chats(one.examples[BEGINNING:], tokenizer)
+        check_samples(one, tokenizer, seq_len=settings.trains().seq_len)
 
 
 def _require_room(settings: CompressSettings) -> None:

@@ -114,7 +114,8 @@ def check_settings(settings: CurveSettings) -> None:
     for run in runs:
         run.check()
     if settings.text is None or runs[0].reads_text or runs[0].repairs:
-        check_calibration(settings, settings.loading())
+        others = filter(None, [settings.text])
+        check_calibration(settings, settings.loading(), others)
     if settings.text is not None:
         _given_text(settings)
     check(settings.loading())

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from llm_pruner.commands.abilities import Late, Prepared, abilities, prepare, stored
 from llm_pruner.data.files import read_task
-from llm_pruner.data.text import EvaluationText, load_evaluation_text, read_each
+from llm_pruner.data.text import EvaluationText, check_named, load_evaluation_text, read_each
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.evaluation import result_cache, zero_shot
 from llm_pruner.evaluation.footprint import model_size
@@ -30,6 +30,7 @@ from llm_pruner.models.forward import maximum_length
 from llm_pruner.models.load import check_memory, exceeds
 from llm_pruner.models.streaming import is_model_streamed
 from llm_pruner.report.records import Abilities, Measured
+from llm_pruner.report.write import check_measured
 from llm_pruner.runtime.memory import give_back, keep_large_blocks
 from llm_pruner.runtime.processes import new_python
 from llm_pruner.runtime.signals import end_with_parent
@@ -83,12 +84,15 @@ def measure(
     asks = prepared != Prepared()
     # With texts, both models are in memory at once.
     room = partial(settings.room, models=2 if texts and settings.against else 1)
-    late = Late(settings.loading(), asks and settings.cache, room, prepared.written)
+    writes = asks or bool(settings.prompt)
+    reads = bool(texts) or writes
+    late = Late(settings.loading(), asks and settings.cache, room, prepared.written, reads)
+    if settings.report is not None:
+        check_measured(settings.report, settings.model, _known(late).size.total)
     dense = None
     if settings.against is not None:
         like = settings.loading(settings.against)
         dense = Late(like, late.keeps, settings.room, late.asked)
-    writes = asks or bool(settings.prompt)
     if (settings.speed or writes) and _is_read_often(settings, late, alone=asks and bool(dense)):
         if settings.speed and strict:
             raise _no_speed(settings)
@@ -287,6 +291,7 @@ def read_texts(sources: Sequence[str], settings: PerplexitySettings) -> list[Eva
     def read(source: str, text_field: str | None) -> EvaluationText:
         return load_evaluation_text(source, settings.but(text_field=text_field))
 
+    check_named(sources, split=settings.split, text_field=None)
     texts = [*read_each(read, sources, settings.text_field).values()]
     names = [text[:2] for text in texts]
     if twice := [name for name in names if names.count(name) > 1]:

@@ -20,7 +20,7 @@ from llm_pruner.commands.prune_start import check_space
 from llm_pruner.commands.publish import check_push
 from llm_pruner.data.examples import Examples, load_examples
 from llm_pruner.data.sequences import TrainingSequence, added_tokens
-from llm_pruner.data.text import PRUNED, SELF, EvaluationText, read_each
+from llm_pruner.data.text import PRUNED, SELF, EvaluationText, check_named, read_each
 from llm_pruner.data.training import (
     Samples,
     fingerprint_samples,
@@ -95,6 +95,9 @@ _HOW_FAST = ("packing", "kernels")
 
 _WRITTEN = (SELF, PRUNED)
 """Sources that a model writes."""
+
+_OF_SAMPLES = {"samples", "self_samples", "held_out", "split", "text_field"}
+"""Options that decide which samples there are, of which nothing else in a run's facts tells."""
 
 
 def recover_checkpoint(
@@ -229,7 +232,8 @@ class _Run:
             if control is not None:
                 self.facts |= {"control": control.name, "control_fingerprint": control.fingerprint}
             types = {"dtype": settings.dtype} | {f"{of}_dtype": ways[of].dtype for of in ways}
-            facts = {"llm_pruner": __version__} | self.facts | types
+            asked = settings.model_dump(mode="json", include=_OF_SAMPLES)
+            facts = {"llm_pruner": __version__} | asked | self.facts | types
             workdir.begin_or_go_on(self.work, facts, resume=settings.resume, writes=writes)
         return control
 
@@ -519,6 +523,7 @@ def check_data(settings: RecoverSettings) -> None:
                 f"{option_name(name)} is about what the teacher says, of which --distill-weight 0 "
                 "hears nothing; leave one of them out"
             )
+    check_named(settings.data, split=settings.split, text_field=settings.text_field)
     if PRUNED in settings.data:
         if settings.teacher is None:
             raise UserError(

@@ -19,7 +19,7 @@ from llm_pruner.commands.publish import check_push
 from llm_pruner.data.calibration import documents_of
 from llm_pruner.data.files import is_file_name, read_rows
 from llm_pruner.data.sequences import bare_ids, template_ids
-from llm_pruner.data.text import EvaluationText
+from llm_pruner.data.text import EvaluationText, check_named
 from llm_pruner.data.vocabulary import Ids, Vocabulary, vocabulary_of
 from llm_pruner.errors import UserError, VerificationError
 from llm_pruner.evaluation.footprint import model_size
@@ -88,6 +88,8 @@ def vocab(settings: VocabSettings) -> Trimmed:
     check_output(settings.out, settings.overwrite, settings.reads)
     check_shard_size(settings.max_shard_size)
     check_push(settings)
+    how = {"split": settings.text_split, "text_field": settings.text_field}
+    check_named(settings.text, option="--text-split", **how)
     for source in filter(is_file_name, settings.text):
         read_rows(expanded(source))  # which refuses what is no text
     tokenizer = load_tokenizer(settings.loading())

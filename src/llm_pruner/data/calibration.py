@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from math import ceil
@@ -14,7 +14,15 @@ import torch
 from llm_pruner.data.files import BEGINNING, NoFieldError
 from llm_pruner.data.selfmade import WRITERS, write_text_cached
 from llm_pruner.data.sequences import added_tokens, bare_ids, room_for_text
-from llm_pruner.data.text import CHAT, SELF, Documents, load_documents, running_text, shares_of
+from llm_pruner.data.text import (
+    CHAT,
+    SELF,
+    Documents,
+    check_named,
+    load_documents,
+    running_text,
+    shares_of,
+)
 from llm_pruner.data.turns import Turns
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import short_digest
@@ -332,10 +340,14 @@ def _pack(
     return windows(drawn), windows(sorted(others))
 
 
-def check_calibration(asked: CalibrationSettings, model: ModelSettings | None = None) -> Any:
+def check_calibration(
+    asked: CalibrationSettings, model: ModelSettings | None = None, others: Iterable[str] = ()
+) -> Any:
     """Raise UserError if the calibration text cannot be read; return the tokenizer, if needed.
 
-    ``model``: whose tokenizer tells lengths and writes chats; None if that is not to be known yet.
+    Args:
+        model: whose tokenizer tells lengths and writes chats; None if that is not to be known yet.
+        others: sources that the same split or field may be of.
     """
     samples, scored = asked.samples, asked.score_samples
     if scored is not None and scored > samples:
@@ -343,8 +355,14 @@ def check_calibration(asked: CalibrationSettings, model: ModelSettings | None = 
             f"score_samples={scored} of {samples} samples cannot be read; ask for more samples, or "
             "for fewer of them"
         )
-    tokenizer = None
-    for one in _wanted(asked):
+    wanted, tokenizer = _wanted(asked), None
+    check_named(
+        [*(one.source for one in wanted), *others],
+        split=asked.text_split,
+        text_field=asked.text_field,
+        option="--text-split",
+    )
+    for one in wanted:
         if one.source == SELF:
             continue
         documents = None if one.source == CHAT else _documents(one.source, asked, BEGINNING)

@@ -19,6 +19,7 @@ from llm_pruner.data.files import (
     read_source,
     texts_of_rows,
 )
+from llm_pruner.data.text import check_is_stored
 from llm_pruner.errors import UserError
 
 ROLES = ("system", "user", "assistant")
@@ -70,10 +71,11 @@ def load_examples(
 ) -> Examples:
     """Read examples; the first of those with most filled fields decides what they mean.
 
-    - ``messages`` or ``conversations``: a chat, a list of {role, content} or {from, value};
+    - ``messages`` or ``conversations``: a chat, a list of {role, content} or {from, value}, with
+      what ``system`` (or ``system_prompt``) says before it;
     - ``instruction`` (or ``prompt``, ``question``), ``input`` or ``context`` where there is one,
       and ``output`` (or ``response``, ``completion``, ``answer``): the Alpaca schema; with what
-      ``system`` (or ``system_prompt``) says and the pairs of ``history`` before it. ``input`` alone
+      the system says and the pairs of ``history`` before it. ``input`` alone
       is the instruction;
     - else plain text, found as ``load_documents`` finds it. ``text_field`` asks for this.
 
@@ -86,6 +88,7 @@ def load_examples(
         UserError: the source cannot be read, a record is not what that one is, or all are
             empty.
     """
+    check_is_stored(source)
     if limit is None and is_endless(source):
         limit = STREAMED
     text_field = text_field or field_of(source)
@@ -124,7 +127,9 @@ def _chat(field: str, row: Any, where: str) -> Example:
     messages = row.get(field) if isinstance(row, Mapping) else None
     if not isinstance(messages, (list, tuple)):
         raise UserError(f"{where} has no list {field!r}; repair or remove the record")
-    return Example(tuple(_turn(message, where) for message in messages), where=where)
+    turns = [_turn(message, where) for message in messages]
+    before = [] if any(turn.role == "system" for turn in turns) else _system(row)
+    return Example((*before, *turns), where=where)
 
 
 def _turn(message: Any, where: str) -> Turn:
@@ -155,12 +160,16 @@ def _instruction(question: str, answer: str, row: Any, where: str) -> Example:
             )
     if not row[question].strip():
         return Example()
-    said = (row.get(name) for name in SYSTEMS)
-    before = [Turn("system", text) for text in said if isinstance(text, str) and text.strip()][:1]
     earlier = _earlier(row.get("history"))
     asked = f"{row[question]}\n\n{given}" if earlier and given.strip() else row[question]
-    turns = (*before, *earlier, Turn("user", asked), Turn("assistant", row[answer]))
+    turns = (*_system(row), *earlier, Turn("user", asked), Turn("assistant", row[answer]))
     return Example(turns, context="" if earlier else given, where=where)
+
+
+def _system(row: Mapping[str, Any]) -> list[Turn]:
+    """Return what a field of its own says before all turns, if there is one."""
+    said = (row.get(name) for name in SYSTEMS)
+    return [Turn("system", text) for text in said if isinstance(text, str) and text.strip()][:1]
 
 
 def _earlier(history: Any) -> list[Turn]:

@@ -213,7 +213,7 @@ def _windows(
     known = [False] * len(prefix)
     for start in range(0, len(ids), fresh):
         window = ids[start : start + fresh]
-        if not start or len(window) >= SHORTEST:
+        if not start or len(window) >= min(SHORTEST, fresh):
             yield make_sequence([*prefix, *window], known + [True] * len(window), source)
 
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
-from llm_pruner.data.files import NoFieldError, field_of, read_source, texts_of_rows
+from llm_pruner.data.files import (
+    NoFieldError,
+    field_of,
+    is_file_name,
+    read_source,
+    texts_of_rows,
+)
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import expanded
 from llm_pruner.settings.evaluate import PerplexitySettings
@@ -37,6 +43,15 @@ CHAT = "chat"
 """The source name under which the model writes questions and answers by its chat template."""
 PRUNED = "pruned"
 """The source name under which a model that is trained writes what its teacher is to judge."""
+DEMO = "demo"
+"""The source name of the text that this package ships."""
+
+_NO_RECORDS = {
+    **dict.fromkeys((SELF, CHAT), "text that the model writes itself, for calibration only"),
+    PRUNED: "text that the pruned model writes to be trained on, for recover only",
+    DEMO: "text that comes with the package, for measuring only",
+}
+"""Names of text that is no file and no dataset, and what that is."""
 
 
 @dataclass(frozen=True)
@@ -131,11 +146,7 @@ def load_documents(
         UserError: the file is missing, empty, of an unknown type, broken or without text; it
             does not show which field holds the text; or the dataset cannot be loaded.
     """
-    if source in (SELF, CHAT):
-        raise UserError(
-            f"source '{source}' is text that the model writes itself, for calibration only; "
-            "give a text file or a dataset name here"
-        )
+    check_is_stored(source)
     path = expanded(source)
     plain = path.suffix.lower() == ".txt"
     name, used_split, rows = read_source(source, split=split, limit=limit)
@@ -147,10 +158,31 @@ def load_documents(
     return Documents(texts, name, used_split, plain)
 
 
+def check_is_stored(source: str) -> None:
+    """Raise UserError for a name of text that is no file and no dataset."""
+    if source in _NO_RECORDS:
+        raise UserError(
+            f"source '{source}' is {_NO_RECORDS[source]}; give a text file or a dataset name here"
+        )
+
+
+def check_named(
+    sources: Collection[str], *, split: str | None, text_field: str | None, option: str = "--split"
+) -> None:
+    """Raise UserError if a split or a field was named and no source can have one."""
+    stored = [source for source in sources if source not in _NO_RECORDS]
+    shown = ", ".join(sources)
+    if split is not None and all(map(is_file_name, stored)):
+        raise UserError(f"{option} {split} is of hub datasets, and {shown} is none; leave it out")
+    if text_field is not None and not stored:
+        raise UserError(
+            f"--text-field {text_field} is of records, and {shown} has none; leave it out"
+        )
+
+
 def has_fields(source: str) -> bool:
     """Whether the records of a source may have several fields."""
-    no_records = (SELF, CHAT, PRUNED, DEMO)
-    return source not in no_records and Path(source).suffix.lower() != ".txt"
+    return source not in _NO_RECORDS and Path(source).suffix.lower() != ".txt"
 
 
 def with_field(read: Callable[[str | None], T], text_field: str | None, others: Iterable[str]) -> T:
@@ -220,9 +252,6 @@ def running_text(documents: Documents, protocol: Protocol) -> str | None:
         return ("\n\n" if protocol == "paper" else " ").join(row.strip() for row in rows)
     return documents.raw if documents.plain else None
 
-
-DEMO = "demo"
-"""The source name of the text that this package ships."""
 
 _SPLITS = {"c4": "validation", "bookcorpus": "train", "wikipedia": "train", "code": "train"}
 _LIMITS = {"c4": 1100, "bookcorpus": 10_000, "wikipedia": 1100, "code": 1100}

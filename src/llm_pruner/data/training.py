@@ -15,9 +15,11 @@ import numpy.typing as npt
 import torch
 
 from llm_pruner.data.examples import Examples
+from llm_pruner.data.files import BEGINNING
 from llm_pruner.data.selfmade import write_text_cached
 from llm_pruner.data.sequences import (
     TrainingSequence,
+    check_chats,
     encode_each,
     encode_examples,
     make_sequence,
@@ -109,6 +111,15 @@ def _trained(
             name,
         )
     return apart or train
+
+
+def check_samples(examples: Examples, tokenizer: Any, **encoding: Any) -> None:
+    """Raise UserError for what ``split_samples`` refuses, as far as the first examples tell."""
+    given = examples.examples
+    parts = encode_each(given[:BEGINNING], tokenizer, **encoding)
+    if len(given) < BEGINNING:
+        _count(sum(map(len, parts)), None, examples.name)
+    check_chats(given[BEGINNING:], tokenizer)
 
 
 def without_held_out(samples: Sequence[Samples]) -> list[Samples]:

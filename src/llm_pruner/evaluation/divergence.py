@@ -84,4 +84,5 @@ def divergence(
     errors = (values.std(0) / math.sqrt(len(values))).tolist() if len(values) > 1 else [None] * 3
     value = math.exp(nll)
     spread = None if errors[2] is None else value * errors[2]
+    kl = max(kl, 0.0)  # of equal models it may be rounded below
     return Divergence(against, kl, errors[0], changed, errors[1], value, spread, dtype)

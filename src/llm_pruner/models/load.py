@@ -382,6 +382,8 @@ def _find(
     """Return where a model is read from, after checks that need no weights; or UserError."""
     if revision == "":
         raise UserError("--revision is empty; name a branch, tag or commit, or leave it out")
+    if not source:
+        raise UserError("the name of the model is empty; give a folder, a .gguf file or a hub id")
     path = on_disk.local_path(source)
     if revision is not None and path.exists():
         raise UserError(

@@ -351,6 +351,11 @@ def trainer_arguments(settings: TrainingSettings) -> dict[str, Any]:
     given: dict[str, Any] = {}
     known = [field.name for field in fields(TrainingArguments)]
     names_schedule = any(one.startswith("lr_scheduler_type=") for one in settings.trainer)
+    if names_schedule and "schedule" in settings.given:
+        raise UserError(
+            f"--schedule {settings.schedule} and --trainer lr_scheduler_type both name a schedule; "
+            "give one of them"
+        )
     for one in settings.trainer:
         name, _, value = one.partition("=")
         if name not in known:

@@ -58,7 +58,13 @@ def add_evaluation(folder: Path, found: Measured, model: str) -> None:
 
 def _add_evaluation(folder: Path, found: Measured, model: str) -> None:
     report = data.report_in(folder)
-    variant = _variant_of(folder, report, model, found)
+    variant = _variant_of(folder, report, model, found.parameters)
+    if variant == "dense" and found.model != report.source.name:
+        name, source = visible(found.model), visible(report.source.name)
+        _LOG.warning(
+            f"{name} has the size of {source}, and another name: it stands in the report as that "
+            f"model; if it is another, measure {source} with --report, which replaces it"
+        )
     report = report.with_evaluation(variant, evaluation_of(found))
     size = report.sizes.get("dense")
     if (dense := dense_evaluation(found, report.source, size)) != data.Evaluation():
@@ -106,23 +112,22 @@ def page_in(folder: Path) -> Path | None:
     return page if page.is_file() else None
 
 
-def _variant_of(folder: Path, report: data.Report, model: str, found: Measured) -> data.Variant:
-    """Return which model of the report was measured; UserError if none, a warning if by name."""
+def check_measured(folder: Path, model: str, parameters: int) -> None:
+    """Raise UserError if a folder's report is not about a model of so many parameters."""
+    _variant_of(folder, data.report_in(folder), model, parameters)
+
+
+def _variant_of(folder: Path, report: data.Report, model: str, parameters: int) -> data.Variant:
+    """Return which model of the report is measured; UserError if none."""
     if expanded(model).exists() and expanded(model).resolve() == folder.resolve():
         return report.final
     dense = report.sizes.get("dense")
-    if dense is not None and dense.total == found.parameters:
-        if found.model != report.source.name:
-            name, source = visible(found.model), visible(report.source.name)
-            _LOG.warning(
-                f"{name} has the size of {source}, and another name: it stands in the report as "
-                f"that model; if it is another, measure {source} with --report, which replaces it"
-            )
+    if dense is not None and dense.total == parameters:
         return "dense"
     raise UserError(
-        f"{model} has {found.parameters:,} parameters and is neither the model in {folder} nor "
-        f"{report.source.name}, of which it was made; nothing was added to the report; "
-        "name one of the two, or leave --report out"
+        f"{model} has {parameters:,} parameters and is neither the model in {folder} nor "
+        f"{report.source.name}, of which it was made, so its report would not hold what is "
+        "measured; name one of the two, or leave --report out"
     )
 
 

@@ -178,9 +178,14 @@ class EvaluateSettings(
                 f"--against {self.against} has nothing to compare; add --perplexity SRC, --tasks "
                 "NAMES, --skills NAMES or --health, or leave it out"
             )
-        windows = ("protocol", "seq_len", "max_tokens", "split", "text_field")
+        windows = ("protocol", "seq_len", "max_tokens", "split")
         for names, holds, words in (
             (windows, self.perplexity, "perplexity; add --perplexity SRC"),
+            (
+                ("text_field",),
+                self.perplexity or self.health_prompts,
+                "perplexity; add --perplexity SRC",
+            ),
             (("new_tokens", "chat"), self.prompt, "prompts; add --prompt TEXT"),
             (("batch_size",), compared, "what is measured on text; add --perplexity SRC"),
             (
