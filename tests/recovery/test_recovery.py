@@ -38,6 +38,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.recovery import Teacher, methods, recover_
 from llm_pruner.recovery import checkpoint as states
 from llm_pruner.recovery import run as recovering
+from llm_pruner.recovery.arguments import trainer_arguments, training_arguments
 from llm_pruner.recovery.callbacks import Pace, Progress
 from llm_pruner.recovery.distill import DirectTeacher
 from llm_pruner.recovery.methods import lora
@@ -48,8 +49,6 @@ from llm_pruner.recovery.scoring import Evaluation, score
 from llm_pruner.recovery.trainer import (
     RecoveryTrainer,
     rate,
-    trainer_arguments,
-    training_arguments,
 )
 from llm_pruner.settings.recover import KERNELS, DistillationSettings, TrainingSettings
 from llm_pruner.settings.registry import names_in

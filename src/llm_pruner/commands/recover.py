@@ -51,9 +51,9 @@ from llm_pruner.models.forward import check_length, dtype_name, embedding_rows
 from llm_pruner.models.load import LoadedModel, load, stored_dtype
 from llm_pruner.models.stored import dtype_named, local_path, records_of, stored_size
 from llm_pruner.recovery import Outcome, Progress, Teacher, recover_
+from llm_pruner.recovery.arguments import trainer_arguments
 from llm_pruner.recovery.callbacks import EndAt
 from llm_pruner.recovery.methods.full import check_type
-from llm_pruner.recovery.trainer import trainer_arguments
 from llm_pruner.report.data import SavedAs, known_report
 from llm_pruner.report.facts import recovery_report, source_of
 from llm_pruner.report.records import (

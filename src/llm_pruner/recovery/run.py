@@ -24,12 +24,13 @@ from llm_pruner.files.outputs import free_bytes
 from llm_pruner.models.forward import embedding_rows, own_forward
 from llm_pruner.models.layers import own_copy
 from llm_pruner.recovery import checkpoint as state
+from llm_pruner.recovery.arguments import training_arguments
 from llm_pruner.recovery.callbacks import Guard, Progress, evaluation_interval
 from llm_pruner.recovery.chunked_loss import logits_at_once
 from llm_pruner.recovery.objective import Guide
 from llm_pruner.recovery.packing import StepSamples, can_pack, lay_out, micro_tokens
 from llm_pruner.recovery.scoring import Evaluation, score
-from llm_pruner.recovery.trainer import RecoveryTrainer, RunState, Steps, training_arguments
+from llm_pruner.recovery.trainer import RecoveryTrainer, RunState, Steps
 from llm_pruner.runtime.attention import by_sample
 from llm_pruner.runtime.memory import give_back
 from llm_pruner.runtime.processes import ALONE, Processes
