@@ -30,9 +30,9 @@ from safetensors.torch import load_file
 from command import done, measured_here, save_tiny, write_text
 from llm_pruner.cli import app
 from llm_pruner.discovery import groups
-from llm_pruner.discovery.tracing.scenes import scenes_of
 from llm_pruner.planning import read_plan
 from llm_pruner.settings.prune import MethodSettings
+from llm_pruner.tracing.scenes import scenes_of
 
 pytestmark = pytest.mark.slow
 

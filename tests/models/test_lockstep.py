@@ -18,7 +18,6 @@ from torch import nn
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.data.text import EvaluationText
 from llm_pruner.discovery.groups import discover
-from llm_pruner.discovery.tracing.scenes import generated
 from llm_pruner.errors import VerificationError
 from llm_pruner.evaluation import perplexity as perplexing
 from llm_pruner.evaluation.perplexity import perplexity_of_windows
@@ -32,6 +31,7 @@ from llm_pruner.settings.evaluate import PerplexitySettings
 from llm_pruner.surgery import verify
 from llm_pruner.surgery.twin import pruned_logits, twin_logits
 from llm_pruner.surgery.verify import cut_verified_, require_same
+from llm_pruner.tracing.scenes import generated
 from llm_pruner.types import Discovery, IntArray
 
 TINY = 1000

@@ -23,7 +23,6 @@ from llm_pruner.commands.prune import PruneRun
 from llm_pruner.data import selfmade
 from llm_pruner.discovery import groups
 from llm_pruner.discovery.groups import discover
-from llm_pruner.discovery.tracing.scenes import scenes_of
 from llm_pruner.errors import UserError
 from llm_pruner.importance import Criterion, score, taylor
 from llm_pruner.models import load, stored_weight, streaming
@@ -46,6 +45,7 @@ from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.surgery.cut import cut_copy
 from llm_pruner.surgery.verify import cut_verified_
+from llm_pruner.tracing.scenes import scenes_of
 
 TINY = 1000
 """Bytes into which no weights fit."""

@@ -64,7 +64,6 @@ from llm_pruner.data.selfmade import TOKENS as WRITTEN
 from llm_pruner.data.sequences import added_tokens
 from llm_pruner.data.text import CHAT, shares_of
 from llm_pruner.discovery.groups import discover
-from llm_pruner.discovery.tracing.scenes import long_length
 from llm_pruner.errors import NeedsMemory, UserError
 from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.files.outputs import bytes_of, nearest
@@ -89,6 +88,7 @@ from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.surgery.cut import cut_, cut_copy
 from llm_pruner.surgery.removal import count_parameters
 from llm_pruner.surgery.verify import cut_verified_, require_same
+from llm_pruner.tracing.scenes import long_length
 from llm_pruner.types import Discovery, Removal
 
 T = TypeVar("T")

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from llm_pruner.discovery.layers import layer_groups, outer_lists
-from llm_pruner.discovery.tracing.lengths import Graph, SizeSystem, reduce_constraints
-from llm_pruner.discovery.tracing.run import (
+from llm_pruner.errors import DiscoveryError, InfeasibleError
+from llm_pruner.models.forward import module_of, token_ids
+from llm_pruner.tracing.lengths import Graph, SizeSystem, reduce_constraints
+from llm_pruner.tracing.run import (
     Run,
     forward_with_cache,
     forward_without_cache,
@@ -22,10 +24,8 @@ from llm_pruner.discovery.tracing.run import (
     run_trace,
     vocabulary_size,
 )
-from llm_pruner.discovery.tracing.scenes import Forward, is_of_transformers, scenes_of
-from llm_pruner.discovery.tracing.trace import Role
-from llm_pruner.errors import DiscoveryError, InfeasibleError
-from llm_pruner.models.forward import module_of, token_ids
+from llm_pruner.tracing.scenes import Forward, is_of_transformers, scenes_of
+from llm_pruner.tracing.trace import Role
 from llm_pruner.types import (
     Companion,
     Discovery,

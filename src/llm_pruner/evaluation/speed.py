@@ -24,11 +24,11 @@ from typing import Any, TypeVar
 import torch
 from transformers import StaticCache
 
-from llm_pruner.discovery.tracing.run import example_tokens
-from llm_pruner.discovery.tracing.scenes import staged
 from llm_pruner.errors import UserError
 from llm_pruner.models.forward import Decoder, cache_argument, dtype_name
 from llm_pruner.runtime.progress import quiet, track
+from llm_pruner.tracing.run import example_tokens
+from llm_pruner.tracing.scenes import staged
 
 T = TypeVar("T")
 

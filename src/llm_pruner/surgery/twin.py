@@ -20,20 +20,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from llm_pruner.discovery.tracing.calls import hidden_in
-from llm_pruner.discovery.tracing.ops import Call, Operation
-from llm_pruner.discovery.tracing.run import (
-    changed_since,
-    in_view,
-    label_model,
-    named_tensors,
-    tokens_of,
-    traced,
-    watched,
-)
-from llm_pruner.discovery.tracing.scenes import Scene, few, staged, unwritten
-from llm_pruner.discovery.tracing.trace import Trace
-from llm_pruner.discovery.tracing.tracer import Tracer
 from llm_pruner.errors import InfeasibleError, VerificationError, require_kind
 from llm_pruner.models.forward import module_of, token_ids
 from llm_pruner.models.lockstep import Job, Outcome, Side, in_step, result_of, together
@@ -43,6 +29,20 @@ from llm_pruner.surgery.removal import (
     removed_modules,
     removed_positions,
 )
+from llm_pruner.tracing.calls import hidden_in
+from llm_pruner.tracing.ops import Call, Operation
+from llm_pruner.tracing.run import (
+    changed_since,
+    in_view,
+    label_model,
+    named_tensors,
+    tokens_of,
+    traced,
+    watched,
+)
+from llm_pruner.tracing.scenes import Scene, few, staged, unwritten
+from llm_pruner.tracing.trace import Trace
+from llm_pruner.tracing.tracer import Tracer
 from llm_pruner.types import Discovery, IntArray, Removal
 
 Flags: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from llm_pruner.discovery.tracing.scenes import Scene
 from llm_pruner.errors import InfeasibleError, UserError, VerificationError
 from llm_pruner.models.forward import is_on_meta, leave_weights_
 from llm_pruner.models.layers import heaviest_list, own_copy, sharing_copy
@@ -32,6 +31,7 @@ from llm_pruner.runtime.precision import exact_products
 from llm_pruner.surgery.cut import Undo, cut_, plan_edits
 from llm_pruner.surgery.removal import checked_removal, removed_positions
 from llm_pruner.surgery.twin import Logits, joined, run_both, run_pruned, run_twin
+from llm_pruner.tracing.scenes import Scene
 from llm_pruner.types import Discovery, Edits, Removal, bound_to
 
 _SMALL = 500_000_000

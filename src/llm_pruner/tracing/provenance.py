@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_pruner.discovery.tracing.sizes import Expr, TracedInt
 from llm_pruner.models.layers import is_settings
+from llm_pruner.tracing.sizes import Expr, TracedInt
 
 _DESCRIPTIVE: dict[str, tuple[tuple[str, int], ...]] = {
     "Linear": (("in_features", 1), ("out_features", 0)),

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from llm_pruner.discovery.tracing.atoms import empty_rows
-from llm_pruner.discovery.tracing.ops import Alive, Call, Run, UnplacedError, rule
-from llm_pruner.discovery.tracing.trace import Axes
-from llm_pruner.discovery.tracing.tracer import Tracer
+from llm_pruner.tracing.atoms import empty_rows
+from llm_pruner.tracing.ops import Alive, Call, Run, UnplacedError, rule
+from llm_pruner.tracing.trace import Axes
+from llm_pruner.tracing.tracer import Tracer
 
 Dims = int | Sequence[int] | None
 """Axes that are reduced over; None or none for all."""

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llm_pruner.discovery.tracing.scenes import Scene
-from llm_pruner.discovery.tracing.sizes import Attribute, Expr, describe, evaluate, leaves, solve
-from llm_pruner.discovery.tracing.trace import Trace
 from llm_pruner.errors import InfeasibleError
+from llm_pruner.tracing.scenes import Scene
+from llm_pruner.tracing.sizes import Attribute, Expr, describe, evaluate, leaves, solve
+from llm_pruner.tracing.trace import Trace
 from llm_pruner.types import IntArray, Removal
 
 Deleted = npt.NDArray[np.bool_]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llm_pruner.discovery.tracing.atoms import Atoms, empty_rows, product_rows, stack_rows
+from llm_pruner.tracing.atoms import Atoms, empty_rows, product_rows, stack_rows
 
 
 def lists(rows: np.ndarray) -> list[list[int]]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llm_pruner.discovery.groups import discover
-from llm_pruner.discovery.tracing.ops import OPS, operation
+from llm_pruner.tracing.ops import OPS, operation
 from llm_pruner.types import Discovery, Group
 from nets import HEADS, HIDDEN, SIZE, Attention, Body, Concat, Gated, Net
 from removals import cut_as_twin_, pick

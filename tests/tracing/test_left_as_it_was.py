@@ -13,9 +13,9 @@ from torch import nn
 
 from helpers import tiny_model
 from llm_pruner.discovery.groups import discover
-from llm_pruner.discovery.tracing import scenes
 from llm_pruner.importance import Criterion, score
 from llm_pruner.surgery.verify import prune_
+from llm_pruner.tracing import scenes
 from nets import HIDDEN, VOCABULARY, Body, Gated, Net
 
 

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llm_pruner.discovery.tracing.atoms import empty_rows, product_rows
-from llm_pruner.discovery.tracing.ghosts import GhostRunner
-from llm_pruner.discovery.tracing.ops import Call, Operation, UnplacedError, operation, tensors_in
-from llm_pruner.discovery.tracing.scenes import storage_of
-from llm_pruner.discovery.tracing.sizes import Equation, Expr, TracedInt, code_line, expr_of, leaves
-from llm_pruner.discovery.tracing.stand_ins import COMPILED_CODE, TRANSFORMED_CODE
-from llm_pruner.discovery.tracing.trace import Axes, Choice, Ragged, Role, Trace
+from llm_pruner.tracing.atoms import empty_rows, product_rows
+from llm_pruner.tracing.ghosts import GhostRunner
+from llm_pruner.tracing.ops import Call, Operation, UnplacedError, operation, tensors_in
+from llm_pruner.tracing.scenes import storage_of
+from llm_pruner.tracing.sizes import Equation, Expr, TracedInt, code_line, expr_of, leaves
+from llm_pruner.tracing.stand_ins import COMPILED_CODE, TRANSFORMED_CODE
+from llm_pruner.tracing.trace import Axes, Choice, Ragged, Role, Trace
 from llm_pruner.types import IntArray
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from llm_pruner.discovery.tracing.atoms import empty_rows, product_rows, stack_rows
-from llm_pruner.discovery.tracing.functions import require_sight
-from llm_pruner.discovery.tracing.ops import Call, UnplacedError, rule
-from llm_pruner.discovery.tracing.trace import Axes
-from llm_pruner.discovery.tracing.tracer import Tracer
+from llm_pruner.tracing.atoms import empty_rows, product_rows, stack_rows
+from llm_pruner.tracing.functions import require_sight
+from llm_pruner.tracing.ops import Call, UnplacedError, rule
+from llm_pruner.tracing.trace import Axes
+from llm_pruner.tracing.tracer import Tracer
 
 
 def view_axes(tracer: Tracer, axes: Axes, shape: tuple[int, ...]) -> Axes:

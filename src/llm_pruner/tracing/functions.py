@@ -21,13 +21,13 @@ import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 
-from llm_pruner.discovery.tracing.ops import UnplacedError, parameters
-from llm_pruner.discovery.tracing.sizes import TracedInt, TracedShape, code_line, plain
-from llm_pruner.discovery.tracing.stand_ins import REWRITES, TRANSFORMED_CODE
+from llm_pruner.tracing.ops import UnplacedError, parameters
+from llm_pruner.tracing.sizes import TracedInt, TracedShape, code_line, plain
+from llm_pruner.tracing.stand_ins import REWRITES, TRANSFORMED_CODE
 from llm_pruner.types import IntArray
 
 if TYPE_CHECKING:
-    from llm_pruner.discovery.tracing.tracer import Tracer
+    from llm_pruner.tracing.tracer import Tracer
 
 _SHAPE: Callable[..., torch.Size] = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 _NBYTES: Callable[..., int] = torch.Tensor.nbytes.__get__  # type: ignore[attr-defined]

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from llm_pruner.discovery.tracing.atoms import Atoms
-from llm_pruner.discovery.tracing.provenance import WEIGHTS, descriptions
-from llm_pruner.discovery.tracing.sizes import COMPARISONS, PLACE, Equation, Expr, evaluate, leaves
+from llm_pruner.tracing.atoms import Atoms
+from llm_pruner.tracing.provenance import WEIGHTS, descriptions
+from llm_pruner.tracing.sizes import COMPARISONS, PLACE, Equation, Expr, evaluate, leaves
 from llm_pruner.types import IntArray
 
 Axes = list[IntArray]

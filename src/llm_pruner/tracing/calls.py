@@ -20,10 +20,10 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from llm_pruner.discovery.tracing.sizes import code_line, plain
-from llm_pruner.discovery.tracing.trace import Axes
-from llm_pruner.discovery.tracing.tracer import Marks, Tracer
 from llm_pruner.models.layers import is_layer_list
+from llm_pruner.tracing.sizes import code_line, plain
+from llm_pruner.tracing.trace import Axes
+from llm_pruner.tracing.tracer import Marks, Tracer
 from llm_pruner.types import IntArray
 
 _DEPTH = 4

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from llm_pruner.discovery.tracing.lengths import reduce_constraints
-from llm_pruner.discovery.tracing.sizes import (
+from llm_pruner.errors import InfeasibleError
+from llm_pruner.tracing.lengths import reduce_constraints
+from llm_pruner.tracing.sizes import (
     PLACE,
     Expr,
     TracedInt,
@@ -24,7 +25,6 @@ from llm_pruner.discovery.tracing.sizes import (
     plain,
     solve,
 )
-from llm_pruner.errors import InfeasibleError
 
 HEADS, SIZE, WIDTH = ("attr", "attn", "heads"), ("attr", "attn", "size"), ("attr", "attn", "width")
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from llm_pruner.discovery.tracing.ops import Call, UnplacedError, rule
-from llm_pruner.discovery.tracing.rules.pointwise import broadcast, pointwise
-from llm_pruner.discovery.tracing.trace import Axes
-from llm_pruner.discovery.tracing.tracer import Tracer
+from llm_pruner.tracing.ops import Call, UnplacedError, rule
+from llm_pruner.tracing.rules.pointwise import broadcast, pointwise
+from llm_pruner.tracing.trace import Axes
+from llm_pruner.tracing.tracer import Tracer
 from llm_pruner.types import IntArray
 
 Indices = Sequence[Tensor | None]

@@ -14,28 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-import llm_pruner.discovery.tracing.rules  # noqa: F401 - fills the table of operations
-from llm_pruner.discovery.tracing.calls import Layers, Siblings
-from llm_pruner.discovery.tracing.functions import SizeMode
-from llm_pruner.discovery.tracing.ghosts import GhostRunner, ghosts_of
-from llm_pruner.discovery.tracing.ops import Call, Operation
-from llm_pruner.discovery.tracing.provenance import (
-    put_back,
-    spaces_of,
-    trace_attributes_,
-    without_memory,
-)
-from llm_pruner.discovery.tracing.scenes import (
-    Scene,
-    Unwritten,
-    instead,
-    is_of_transformers,
-    staged,
-)
-from llm_pruner.discovery.tracing.sizes import Expr
-from llm_pruner.discovery.tracing.stand_ins import in_sight
-from llm_pruner.discovery.tracing.trace import Trace, settle
-from llm_pruner.discovery.tracing.tracer import Tracer
+import llm_pruner.tracing.rules  # noqa: F401 - fills the table of operations
 from llm_pruner.errors import DiscoveryError, LLMPrunerError
 from llm_pruner.models.forward import (
     cache_argument,
@@ -45,6 +24,27 @@ from llm_pruner.models.forward import (
     logits_of,
     parameters_of,
 )
+from llm_pruner.tracing.calls import Layers, Siblings
+from llm_pruner.tracing.functions import SizeMode
+from llm_pruner.tracing.ghosts import GhostRunner, ghosts_of
+from llm_pruner.tracing.ops import Call, Operation
+from llm_pruner.tracing.provenance import (
+    put_back,
+    spaces_of,
+    trace_attributes_,
+    without_memory,
+)
+from llm_pruner.tracing.scenes import (
+    Scene,
+    Unwritten,
+    instead,
+    is_of_transformers,
+    staged,
+)
+from llm_pruner.tracing.sizes import Expr
+from llm_pruner.tracing.stand_ins import in_sight
+from llm_pruner.tracing.trace import Trace, settle
+from llm_pruner.tracing.tracer import Tracer
 from llm_pruner.types import Discovery, IntArray
 
 LARGE = 50_000_000

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llm_pruner.discovery.tracing.atoms import empty_rows
-from llm_pruner.discovery.tracing.functions import require_sight
-from llm_pruner.discovery.tracing.ops import Call, rule
-from llm_pruner.discovery.tracing.sizes import code_line
-from llm_pruner.discovery.tracing.trace import Axes
-from llm_pruner.discovery.tracing.tracer import Tracer
+from llm_pruner.tracing.atoms import empty_rows
+from llm_pruner.tracing.functions import require_sight
+from llm_pruner.tracing.ops import Call, rule
+from llm_pruner.tracing.sizes import code_line
+from llm_pruner.tracing.trace import Axes
+from llm_pruner.tracing.tracer import Tracer
 from llm_pruner.types import IntArray
 
 

@@ -24,7 +24,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from llm_pruner.discovery.tracing.provenance import put_back, spaces_of
 from llm_pruner.models.forward import (
     base_model,
     caching,
@@ -34,6 +33,7 @@ from llm_pruner.models.forward import (
     parameters_of,
 )
 from llm_pruner.models.layers import held_in, is_settings
+from llm_pruner.tracing.provenance import put_back, spaces_of
 
 Forward = Callable[[nn.Module, torch.Tensor], list[torch.Tensor]]
 """Runs the model on token ids (batch, sequence); returns every logits tensor it computes."""

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from llm_pruner.discovery.tracing.ops import Operation, tensors_in
-from llm_pruner.discovery.tracing.provenance import put_back, spaces_of
 from llm_pruner.models.layers import with_initialisers
+from llm_pruner.tracing.ops import Operation, tensors_in
+from llm_pruner.tracing.provenance import put_back, spaces_of
 
 LARGEST = 1 << 22
 """Elements of the largest result that is held in memory; larger ones are ghosts too."""

@@ -33,9 +33,6 @@ from helpers import tiny_model
 from llm_pruner import Criterion, score
 from llm_pruner.checkpoints.save import save_checkpoint
 from llm_pruner.discovery.groups import discover
-from llm_pruner.discovery.tracing import run as tracing
-from llm_pruner.discovery.tracing.run import vocabulary_size
-from llm_pruner.discovery.tracing.scenes import staged
 from llm_pruner.errors import DiscoveryError, InfeasibleError
 from llm_pruner.models.forward import logits_of
 from llm_pruner.surgery.cut import cut_
@@ -43,6 +40,9 @@ from llm_pruner.surgery.removal import count_parameters, removed_positions
 from llm_pruner.surgery.twin import pruned_logits, twin_logits
 from llm_pruner.surgery.verify import largest_difference
 from llm_pruner.surgery.verify import prune_ as verified_prune_
+from llm_pruner.tracing import run as tracing
+from llm_pruner.tracing.run import vocabulary_size
+from llm_pruner.tracing.scenes import staged
 from llm_pruner.types import Discovery, Group, Removal
 from nets import HEADS, HIDDEN, SIZE, VOCABULARY, Attention, Body, Gated, NanoGPT, Net, attend
 from removals import bound_to, pick

@@ -24,9 +24,9 @@ from torch.jit._state import _try_get_jit_cached_function
 from torch.overrides import _get_current_function_mode, handle_torch_function
 from torch.utils._python_dispatch import _disable_current_modes
 
-from llm_pruner.discovery.tracing.sizes import TracedShape, plain
 from llm_pruner.models.forward import own_forward
 from llm_pruner.runtime.precision import torch_functions
+from llm_pruner.tracing.sizes import TracedShape, plain
 
 COMPILED_CODE = "compiled code"
 TRANSFORMED_CODE = "code under torch.vmap or another transform of torch.func"
@@ -102,7 +102,7 @@ def _broadcast_shapes(*shapes: Any) -> Any:
 
 def _flex_attention(*args: Any, **kwargs: Any) -> Any:
     # Runs with the globals of another module, so all that it needs is imported here.
-    from llm_pruner.discovery.tracing.stand_ins import flex_attention
+    from llm_pruner.tracing.stand_ins import flex_attention
 
     return flex_attention(*args, **kwargs)
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from llm_pruner.discovery.tracing.atoms import empty_rows, product_rows
-from llm_pruner.discovery.tracing.ops import OPS, Alive, Call, Op, Run, UnplacedError, rule
-from llm_pruner.discovery.tracing.rules.pointwise import broadcast
-from llm_pruner.discovery.tracing.trace import Axes
-from llm_pruner.discovery.tracing.tracer import Tracer
+from llm_pruner.tracing.atoms import empty_rows, product_rows
+from llm_pruner.tracing.ops import OPS, Alive, Call, Op, Run, UnplacedError, rule
+from llm_pruner.tracing.rules.pointwise import broadcast
+from llm_pruner.tracing.trace import Axes
+from llm_pruner.tracing.tracer import Tracer
 from llm_pruner.types import IntArray
 
 
