@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import signal
 
-import xllamacpp
-
 
 def main() -> None:
     """Serve a file until a signal ends this process."""
+    import xllamacpp
+
     parser = argparse.ArgumentParser()
     for name in ("model", "host"):
         parser.add_argument(f"--{name}")
