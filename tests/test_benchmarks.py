@@ -167,25 +167,6 @@ def test_each_packed_model_keeps_what_it_was_measured_with(script, tmp_path):
     quantize.refused(*words, "c.txt")
 
 
-def test_each_answer_of_a_server_keeps_what_it_was_given_with(script, tmp_path):
-    coder = script("serve_coder")
-    coder.put(served=lambda *_: {"tokens": 1}, versions=str, machine=lambda: "old")
-    words = ("small", "--against", "dense", "--work", tmp_path / "work", "--out", coder.out)
-    coder(*words, "--vllm", "A", "--note", "beside other work")
-    coder.put(machine=lambda: "new")
-    rows = coder(*words, "--llama-cpp", "B")["rows"]
-    about = {
-        (name[-4:], row["machine"], row["note"], row["versions"]) for name, row in rows.items()
-    }
-    assert about == {
-        ("at16", "old", "beside other work", "A"),
-        ("q8_0", "new", None, "B"),
-        ("_k_m", "new", None, "B"),
-    }
-    coder.refused(*words, "--llama-cpp", "B", "--prompt", "another")
-    coder.refused("smaller", *words[1:], "--llama-cpp", "B")
-
-
 def test_a_curve_that_lacks_a_size_is_refused_before_anything_is_pruned(script):
     drawn, cost = script("curve"), {"seconds": 1.0, "cpu_seconds": 1.0}
     there = {"points": {"0.1": {}, "0.2": {}}, "plans": {"0.1": "x", "0.2": "y"}}

@@ -65,7 +65,7 @@ def copy(model: Path, folder: Path) -> Path:
             ("recover", "any/model", "--out", "out", "--data", "absent.txt"),
             "absent.txt does not exist; check the path of the text file",
         ),
-        (("bench", "any/model", "--repeats", 0), "repeats=0 measures nothing; use at least 1"),
+        (("bench", "any/model", "--repeats", 0), "repeats 0 is outside 1 to 1048576"),
         *(
             (
                 ("evaluate", "any/model", *limit),

@@ -91,8 +91,6 @@ def test_layers_that_differ_are_saved_as_they_came(work: Path, made: Path) -> No
     assert report.command is not None
     assert [part.split()[1] for part in report.command.split(" && ")] == ["prune", "recover"]
     page = Path("better/report.html").read_text()
-    assert "Servers: llama.cpp exported as deci; vLLM with --trust-remote-code." in page
-    assert [one["runs"] for one in result["servers"]] == [True, True]
     assert "Then it was recovered by LoRA of rank 8 on 57 samples of rows.jsonl, 4" in page
     assert "Loss of the recovery training by step" in page
     assert result["report"] == "better/report.html"
@@ -106,7 +104,6 @@ def test_layers_that_differ_are_saved_as_they_came(work: Path, made: Path) -> No
     assert any(line.startswith("rows.jsonl held out, 3 samples ") for line in lines)
     assert any(line.startswith("demo text windows of 512 11,242 ") for line in lines)
     assert "loads with from_pretrained, as before, with trust_remote_code=True" in lines
-    assert "servers: llama.cpp exported as deci; vLLM with --trust-remote-code" in lines
     assert [line.split(",")[0] for line in shown.err.splitlines()] == [
         "step 2 of 4: loss " + shown.err.split("loss ")[1].split(",")[0],
         "step 4 of 4: loss " + shown.err.split("loss ")[2].split(",")[0],

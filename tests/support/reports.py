@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm_pruner.evaluation.servers import ServedBy
 from llm_pruner.report.data import (
     Evaluation,
     ImportanceMap,
@@ -101,10 +100,6 @@ def full_report(text: str = "", **changes: Any) -> Report:
         "twin_difference": 1.5e-6,
         "saved_as": "recipe",
         "needs": ("import llm_pruner", f"trust_remote_code=True{text}"),
-        "servers": (
-            ServedBy("vLLM", runs=True, said=f"as the dense model{text}"),
-            ServedBy("llama.cpp", runs=False, said=f"it cannot{text}"),
-        ),
         "seconds": {f"load{text}": 1.25},
         "evaluations": {
             "dense": evaluation(1, text),

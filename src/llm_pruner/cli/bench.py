@@ -20,7 +20,6 @@ EXAMPLES = """\b
 Examples:
   llm-pruner bench ./small --against default
   llm-pruner bench ./llama/config.json --counts-only
-  llm-pruner bench ./small --against ./dense --server llama.cpp --type q8_0
 """
 
 
@@ -53,13 +52,9 @@ def show(done: Bench) -> None:
             + ("; compiled" if settings["compile"] else "")
         )
         if done.comparison:
-            read = "that a step reads" if done.model.served is None else "of the files"
-            out.print(f"Limit: the ratio of MACs for prefill, and of the bytes {read} for decode")
-    if "server" in settings:
-        name, more = settings["server"], settings["server_args"]
-        said = f"{name} {more}" if more else name
-        out.print(f"{clean(said)}, {settings['dtype']}")
-        return
+            out.print(
+                "Limit: the ratio of MACs for prefill, of the bytes that a step reads for decode"
+            )
     where = f", {clean(settings['device'])}, {settings['threads']} threads"
     timed = "; nothing was timed" if settings["counts_only"] else where
     out.print(f"{settings['dtype']}{timed}")
@@ -92,11 +87,6 @@ def _sizes(done: Bench) -> list[_Row]:
     ]
     if any(f is not None and f.cache_bytes_fixed for f in (done.model, done.against)):
         rows.append(("cache besides", lambda f: f.cache_bytes_fixed, _kilobytes))
-    if done.model.served is not None:
-        rows.append(("served files", lambda f: getattr(f.served, "bytes", None), megabytes))
-        rows.append(
-            ("server's peak memory", lambda f: getattr(f.served, "peak_bytes", None), megabytes)
-        )
     return rows
 
 
@@ -122,16 +112,10 @@ def _speeds(done: Bench) -> Iterator[list[str]]:
                 cells.append(_spread(speed, stage))
             else:
                 gain: SpeedUp = getattr(compared, stage)
-                limit: float | None = getattr(compared, f"{stage}_limit")
+                limit: float = getattr(compared, f"{stage}_limit")
                 cells += [f"{gain.median:.2f}x", f"{gain.low:.2f}-{gain.high:.2f}"]
-                if limit is None:
-                    cells += ["-", "-"]
-                else:
-                    cells += [f"{limit:.2f}x", f"{100 * gain.median / limit:.0f}%"]
+                cells += [f"{limit:.2f}x", f"{100 * gain.median / limit:.0f}%"]
             yield cells
-        cells = ["  first token, ms"]
-        cells += [f"{1e3 * s.first_token_seconds:,.0f}" for s in (speed, other) if s is not None]
-        yield cells + [""] * (1 if compared is None else 4)
 
 
 def _rate(speed: Speed, stage: str) -> str:

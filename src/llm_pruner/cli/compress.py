@@ -160,7 +160,6 @@ def show(done: Compressed) -> None:
     if done.peak_bytes:
         out.print(f"peak memory: {megabytes(done.peak_bytes)}")
     out.places(done.path, done.report)
-    out.servers(done.servers)
 
 
 _STAGES = {

@@ -84,11 +84,6 @@ class Screen(Console):
         if report is not None:
             self.print(f"report: {clean(str(report))}", soft_wrap=True)
 
-    def servers(self, found: Iterable[object]) -> None:
-        """Say which servers run a folder, where that is known."""
-        if said := "; ".join(map(str, found)):
-            self.print(f"servers: {said}")
-
 
 def check_json(file: str | None, reads: Iterable[Source] = (), out: Path | None = None) -> None:
     """Raise UserError if results cannot be written to ``file``; see ``outputs.check_file``."""

@@ -105,7 +105,6 @@ def show(done: Pruned) -> None:
         return
     out.places(done.path, done.report, done.bytes)
     out.print(f"loads with from_pretrained{_loading(done)}")
-    out.servers(done.servers)
     out.print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in done.seconds.items()))
 
 

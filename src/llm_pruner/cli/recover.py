@@ -121,7 +121,6 @@ def show(done: Recovered) -> None:
     out.places(done.path, done.report, done.bytes)
     if done.needs:
         out.print(f"loads with from_pretrained, as before, with {' and '.join(done.needs)}")
-    out.servers(done.servers)
 
 
 def show_control(out: Screen, control: Control | None) -> None:

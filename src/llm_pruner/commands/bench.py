@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -31,7 +31,7 @@ from llm_pruner.settings.evaluate import BenchSettings
 
 @dataclass(frozen=True)
 class Figures:
-    """One model. Counts of MACs and bytes leave out what is no product; see `evaluation.footprint`.
+    """One model; what is counted is defined in `evaluation.footprint`.
 
     Attributes:
         parameters: all, tied ones once; ``parameters_embedding`` and ``parameters_blocks`` are
@@ -43,39 +43,21 @@ class Figures:
         bytes_read_per_token: weights and cache that this token reads.
         kv_cache_bytes_per_token: growth of the cache with each token.
         cache_bytes_fixed: the part of the cache that does not grow.
-        served: what a server took, if one was asked for. Of a file that only a server reads, such
-            as GGUF, nothing is counted but parameters.
     """
 
     model: str
     parameters: int
-    parameters_embedding: int | None = None
-    parameters_blocks: int | None = None
-    bytes_in_memory: int | None = None
-    bytes_on_disk: int | None = None
-    macs: int | None = None
-    macs_per_token: int | None = None
-    bytes_read_per_token: int | None = None
-    kv_cache_bytes_per_token: int | None = None
-    cache_bytes_fixed: int | None = None
+    parameters_embedding: int | None
+    parameters_blocks: int | None
+    bytes_in_memory: int | None
+    bytes_on_disk: int | None
+    macs: int
+    macs_per_token: int
+    bytes_read_per_token: int
+    kv_cache_bytes_per_token: int
+    cache_bytes_fixed: int
     memory: tuple[footprint.PeakMemory, ...] = ()
     speed: tuple[Speed, ...] = ()
-    served: Served | None = None
-
-
-@dataclass(frozen=True)
-class Served:
-    """What a server took for a model.
-
-    Attributes:
-        bytes: of the files of weights that it read.
-        peak_bytes: most memory that its processes held, see `serving.Server`.
-        start_seconds: in which it started.
-    """
-
-    bytes: int
-    peak_bytes: int
-    start_seconds: float
 
 
 @dataclass(frozen=True)
@@ -83,26 +65,20 @@ class Comparison:
     """How much faster the first model is at one batch size, beside what its size allows.
 
     Attributes:
-        prefill_limit: ratio of the MACs of the prefill; what it takes if nothing else counts.
-            None if they are not known.
-        decode_limit: ratio of the bytes that a decoding step reads; of a server, of the files.
+        prefill_limit: ratio of the MACs of the prefill.
+        decode_limit: ratio of the bytes that a decoding step reads.
     """
 
     batch_size: int
     prefill: SpeedUp
     decode: SpeedUp
-    prefill_limit: float | None
+    prefill_limit: float
     decode_limit: float
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What was measured.
-
-    Attributes:
-        settings: as given, with type, device, threads and versions; of servers, which know more of
-            themselves than is known here, with the type alone.
-    """
+    """What was measured; ``settings`` are those given, with type, device, threads and versions."""
 
     settings: dict[str, Any]
     model: Figures
@@ -115,14 +91,9 @@ def bench(settings: BenchSettings) -> Bench:
     """Measure a model, and another one in turns with it.
 
     Raises:
-        UserError: a model cannot be loaded, cannot be compiled, or does not run in the server.
-        LLMPrunerError: a model does not run, or its server fails.
+        UserError: a model cannot be loaded or compiled.
+        LLMPrunerError: a model does not run.
     """
-    settings.check()
-    if settings.server is not None:
-        from llm_pruner.commands.bench_servers import bench_servers
-
-        return bench_servers(settings)
     sources = [settings.loading()]
     if settings.against is not None:
         sources.append(settings.loading(settings.against))
@@ -132,39 +103,54 @@ def bench(settings: BenchSettings) -> Bench:
         load(source, tokenizer_required=False, weights=not settings.counts_only, packed=True)
         for source in sources
     ]
-    for one in loaded:
-        check_length(one, settings)
-    figures = [counted(one, source) for one, source in zip(loaded, sources, strict=True)]
-    models, comparison = [one.model for one in loaded], []
+    models = [one.model for one in loaded]
+    figures = [_counted(one, source) for one, source in zip(loaded, sources, strict=True)]
+    comparison: tuple[Comparison, ...] = ()
     if not settings.counts_only:
+        for one in loaded:
+            _check_length(one, settings)
         text = {"prompt_tokens": settings.prompt_tokens, "new_tokens": settings.new_tokens}
         memory = [
             tuple(footprint.measure_memory(one, batch_size=n, **text) for n in settings.batch_size)
             for one in models
         ]
-        by_batch = [_speeds(models, size, settings) for size in settings.batch_size]
-        speeds = list(zip(*by_batch, strict=True))
+        speeds = [*zip(*(_speeds(models, n, settings) for n in settings.batch_size), strict=True)]
         figures = [
             replace(one, memory=peaks, speed=rates)
             for one, peaks, rates in zip(figures, memory, speeds, strict=True)
         ]
         if len(models) > 1:
-            comparison = [_compared(models, *pair) for pair in zip(*speeds, strict=True)]
-    return together(settings, figures, comparison, **_machine(models[0]))
+            pairs = zip(*speeds, strict=True)
+            comparison = tuple(_compared(models, fast, slow) for fast, slow in pairs)
+    asked = {"prompt_tokens", "new_tokens", "repeats", "compile", "counts_only"}
+    weight = next(models[0].parameters())
+    return Bench(
+        settings={
+            **settings.model_dump(include=asked),
+            "batch_sizes": list(settings.batch_size),
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "device": device_name(weight.device),
+            "threads": torch.get_num_threads(),
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+        },
+        model=figures[0],
+        against=figures[1] if len(figures) > 1 else None,
+        comparison=comparison,
+    )
 
 
-def check_length(loaded: LoadedModel, settings: BenchSettings) -> None:
+def _check_length(loaded: LoadedModel, settings: BenchSettings) -> None:
     """Raise UserError if the texts are longer than the model was made for."""
     limit = maximum_length(loaded.model)
-    length = settings.prompt_tokens + settings.new_tokens
-    if not settings.counts_only and limit is not None and length > limit:
+    if limit is not None and settings.prompt_tokens + settings.new_tokens > limit:
         raise UserError(
             f"{settings.prompt_tokens} prompt tokens and {settings.new_tokens} new ones are more "
             f"than the {limit} positions of {loaded.name}; give fewer"
         )
 
 
-def counted(loaded: LoadedModel, source: ModelSettings) -> Figures:
+def _counted(loaded: LoadedModel, source: ModelSettings) -> Figures:
     """Return what is known of a model without running it."""
     size = footprint.model_size(loaded.model)
     counts = footprint.count_work(loaded.model)
@@ -210,43 +196,10 @@ def _compared(models: list[Any], fast: Speed, slow: Speed) -> Comparison:
         footprint.count_work(one, prompt_tokens=fast.prompt_tokens, batch_size=fast.batch_size)
         for one in models
     )
-    prefill_limit = large.prefill_macs / small.prefill_macs
-    return compared(fast, slow, prefill_limit, large.token_bytes_read / small.token_bytes_read)
-
-
-def compared(
-    fast: Speed, slow: Speed, prefill_limit: float | None, decode_limit: float
-) -> Comparison:
-    """Return how much faster the first is."""
     return Comparison(
         batch_size=fast.batch_size,
         prefill=speed_up(slow.prefill_seconds, fast.prefill_seconds),
         decode=speed_up(slow.decode_seconds, fast.decode_seconds),
-        prefill_limit=prefill_limit,
-        decode_limit=decode_limit,
+        prefill_limit=large.prefill_macs / small.prefill_macs,
+        decode_limit=large.token_bytes_read / small.token_bytes_read,
     )
-
-
-def together(
-    settings: BenchSettings, figures: Sequence[Figures], compared: Sequence[Comparison], **how: Any
-) -> Bench:
-    """Return what was measured of one model or two, with the settings and ``how`` else."""
-    asked = {"prompt_tokens", "new_tokens", "repeats", "compile", "counts_only"}
-    given = settings.model_dump(include=asked)
-    return Bench(
-        settings={**given, "batch_sizes": list(settings.batch_size), **how},
-        model=figures[0],
-        against=figures[1] if len(figures) > 1 else None,
-        comparison=tuple(compared),
-    )
-
-
-def _machine(network: Any) -> dict[str, Any]:
-    weight = next(network.parameters())
-    return {
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "device": device_name(weight.device),
-        "threads": torch.get_num_threads(),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-    }

@@ -488,9 +488,7 @@ class _Stages:
 
         def beside(folder: Path, model: Any) -> None:
             if (report := known_report(folder)) is not None:
-                sizes = report.sizes | {"quantized": model_size(model)}
-                # Which servers run packed weights is not known.
-                changed = {"sizes": sizes, "servers": ()}
+                changed = {"sizes": report.sizes | {"quantized": model_size(model)}}
                 write_report(folder, lambda: report.model_copy(update=changed))
 
         size = self.settings.max_shard_size
@@ -592,7 +590,7 @@ class _Stages:
         report = report.model_copy(update={"settings": settings, "command": self.command})
         write_report(folder, lambda: report)
         write_request(folder, self.settings)
-        return replace(result, servers=report.servers)
+        return result
 
     def _note_higher_perplexity(self, measured: dict[Variant, Weighed]) -> None:
         pairs = zip(measured["pruned"].perplexity, measured["recovered"].perplexity, strict=True)

@@ -34,7 +34,6 @@ from llm_pruner.data.text import shares_of
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import NeedsMemory, UserError
 from llm_pruner.evaluation.footprint import model_size
-from llm_pruner.evaluation.servers import ServedBy, served_by
 from llm_pruner.files.disk import placed
 from llm_pruner.files.outputs import check_shard_size, write_output
 from llm_pruner.importance import score
@@ -125,7 +124,6 @@ class PruneRun:
         self.damage = damage or {}
         self.trials: list[SplitTrial] = []
         self.rounding: Rounding | None = None
-        self.servers: tuple[ServedBy, ...] = ()
         self.tokenizer: Any = None
         self.saves = False  # what is made is not kept, but by ``carry_out``
         self.by_block = True  # whether weights that fit into memory may be read so
@@ -731,7 +729,6 @@ class PruneRun:
             path=saved.path,
             saved_as=saved.kind,
             needs=saved.needs,
-            servers=self.servers,
             bytes=saved.bytes,
             report=page_in(saved.path),
         )
@@ -741,10 +738,7 @@ class PruneRun:
     ) -> None:
         """Write what was asked for and the report beside the weights."""
         write_request(folder, self.settings)
-        dense = self.dense_config
-        config = type(dense).from_pretrained(folder) if kind == "stock" else dense
-        self.servers = served_by(self.network, config, kind)
-        done = replace(result, saved_as=kind, needs=needs, servers=self.servers)
+        done = replace(result, saved_as=kind, needs=needs)
         write_report(folder, partial(self._report, done))
 
     def _after(self) -> dict[str, Any]:

@@ -38,7 +38,6 @@ from llm_pruner.evaluation.perplexity import (
     perplexity,
     perplexity_of_windows,
 )
-from llm_pruner.evaluation.servers import served_by
 from llm_pruner.files.disk import short_digest, tidy
 from llm_pruner.files.outputs import (
     RECOVERY_FILE,
@@ -393,8 +392,7 @@ class _Run:
 
         def beside(folder: Path, kind: SavedAs, needs: tuple[str, ...]) -> None:
             nonlocal result
-            servers = served_by(network, network.config, kind)
-            result = replace(result, saved_as=kind, needs=needs, servers=servers)
+            result = replace(result, saved_as=kind, needs=needs)
             write_request(folder, self.asked)
             write_output(folder / RECOVERY_FILE, result.lasting())
             workdir.note_result(self.work, folder)

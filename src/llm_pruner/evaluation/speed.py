@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import StaticCache
@@ -29,8 +29,6 @@ from llm_pruner.models.forward import Decoder, cache_argument, dtype_name
 from llm_pruner.runtime.progress import quiet, track
 from llm_pruner.tracing.run import example_tokens
 from llm_pruner.tracing.scenes import staged
-
-T = TypeVar("T")
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 32
 """That a model is timed on, where nobody says how many."""
@@ -45,24 +43,22 @@ class Speed:
     Attributes:
         prefill_tokens_per_second: prompt tokens over the time of their one forward pass.
         decode_tokens_per_second: tokens that follow, one forward pass each, over their time.
-        first_token_seconds: from the prompt to the first token; of texts that a server writes at
-            once, the median.
-        dtype, device: that the model computes in and on, a GPU or processor by its name; None of
-            one that a server runs.
+        prefill_seconds, decode_seconds: of each round; a prefill ends with the first token.
+        device: a GPU or processor by its name.
+        threads: None on a GPU.
     """
 
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
-    first_token_seconds: float
     prefill_seconds: tuple[float, ...]
     decode_seconds: tuple[float, ...]
     prompt_tokens: int
     new_tokens: int
     batch_size: int
     repeats: int
-    dtype: str | None = None
-    device: str | None = None
-    threads: int | None = None
+    dtype: str
+    device: str
+    threads: int | None
 
 
 @dataclass(frozen=True)
@@ -91,36 +87,45 @@ def measure_speed(
     Args:
         start: makes what reads a new text with a model.
     """
-    settings = {
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        "repeats": repeats,
-        "batch_size": batch_size,
-    }
 
-    def once(model: Any, prompt: torch.Tensor, _: int) -> tuple[float, float, float]:
+    def once(model: Any, prompt: torch.Tensor) -> tuple[float, float]:
         decoder = start(model)
         begin = now(prompt.device)
         token = decoder.step(prompt).argmax(dim=-1, keepdim=True)
         middle = now(prompt.device)
         for _ in range(new_tokens):
             token = decoder.step(token).argmax(dim=-1, keepdim=True)
-        return middle - begin, now(prompt.device) - middle, middle - begin
+        return middle - begin, now(prompt.device) - middle
 
     prompts = [example_tokens(model, (batch_size, prompt_tokens)) for model in models]
-    runs = [partial(once, *pair) for pair in zip(models, prompts, strict=True)]
-    with _undisturbed(models):
-        times = in_turns(runs, repeats, f"timing, batch {batch_size}")
-    return [
-        speed_of(
-            own,
-            **settings,
-            dtype=dtype_name(model),
-            device=device_name(prompt.device),
-            threads=torch.get_num_threads() if prompt.device.type == "cpu" else None,
-        )
-        for model, prompt, own in zip(models, prompts, times, strict=True)
+    turns: list[tuple[Any, torch.Tensor, list[tuple[float, float]]]] = [
+        (model, prompt, []) for model, prompt in zip(models, prompts, strict=True)
     ]
+    with _undisturbed(models):
+        for model, prompt, _ in turns:
+            once(model, prompt)
+        for number in track(range(repeats), f"timing, batch {batch_size}"):
+            for model, prompt, times in reversed(turns) if number % 2 else turns:
+                times.append(once(model, prompt))
+    found = []
+    for model, prompt, times in turns:
+        prefill, decode = zip(*times, strict=True)
+        found.append(
+            Speed(
+                prefill_tokens_per_second=batch_size * prompt_tokens / median(prefill),
+                decode_tokens_per_second=batch_size * new_tokens / median(decode),
+                prefill_seconds=prefill,
+                decode_seconds=decode,
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                batch_size=batch_size,
+                repeats=repeats,
+                dtype=dtype_name(model),
+                device=device_name(prompt.device),
+                threads=torch.get_num_threads() if prompt.device.type == "cpu" else None,
+            )
+        )
+    return found
 
 
 def device_name(device: torch.device) -> str:
@@ -133,32 +138,6 @@ def device_name(device: torch.device) -> str:
         if found := re.search(r"^model name\s*: *(\S.*)$", _PROCESSORS.read_text(), re.MULTILINE):
             return " ".join(found[1].split())
     return platform.processor() or platform.machine()
-
-
-def in_turns(runs: Sequence[Callable[[int], T]], repeats: int, words: str) -> list[list[T]]:
-    """Return what each function gives in each round from 1; 0 warms up, and the order turns."""
-    found: list[list[T]] = [[] for _ in runs]
-    turns = list(zip(runs, found, strict=True))
-    for run in runs:
-        run(0)
-    for number in track(range(1, repeats + 1), words):
-        for run, own in turns if number % 2 else reversed(turns):
-            own.append(run(number))
-    return found
-
-
-def speed_of(times: Sequence[tuple[float, float, float]], **settings: Any) -> Speed:
-    """Return the speed from the seconds of each round: prefill, decoding, first token."""
-    prefill, decode, first = zip(*times, strict=True)
-    texts = settings["batch_size"]
-    return Speed(
-        prefill_tokens_per_second=texts * settings["prompt_tokens"] / median(prefill),
-        decode_tokens_per_second=texts * settings["new_tokens"] / median(decode),
-        first_token_seconds=median(first),
-        prefill_seconds=prefill,
-        decode_seconds=decode,
-        **settings,
-    )
 
 
 def speed_up(slow: Sequence[float], fast: Sequence[float]) -> SpeedUp:

@@ -47,7 +47,7 @@ def explained(source: str) -> Iterator[None]:
         elif expanded(source).suffix == ".gguf" and any(one in text for one in _UNREAD_KINDS):
             message = (
                 f"{source} is of a kind that llama.cpp runs and transformers does not read; name "
-                "the folder that it was made of, or run it with bench --server llama.cpp"
+                "the folder that it was made of, or run it with llama.cpp"
             )
         elif "does not recognize this architecture" in text:
             message = (

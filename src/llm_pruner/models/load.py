@@ -642,7 +642,7 @@ def _check_quantization(source: str, config: Any, packed: bool) -> None:
     if method in _PACKED_METHODS and packed:
         check_installed(f"{source} is packed by {method}, and", (method.replace("-", "_"),))
     elif method not in (None, _OWN_METHOD, "gguf"):
-        run = "can only be run, by evaluate, chat and bench without --server"
+        run = "can only be run, by evaluate, chat and bench"
         raise UserError(
             f"{source} is quantized ({method}), and its packed weights "
             f"{run if method in _PACKED_METHODS else 'are not read'}; name the original checkpoint"

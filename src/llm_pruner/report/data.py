@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation.servers import ServedBy
 from llm_pruner.files.disk import read_json
 from llm_pruner.report.text import (
     count,
@@ -398,7 +397,7 @@ class Report(_Part):
         compensation: how the weights that were kept were refitted, such as ``least-squares``.
         repair: how they were trained by what the dense model says, in words that follow "repaired
             by"; None if they were not, or without a gain.
-        twin_difference, twin_scenes, twin_skipped, saved_as, needs, servers: as in
+        twin_difference, twin_scenes, twin_skipped, saved_as, needs: as in
             `records.Pruned`.
         tokens: that the dense model and this one have; None where all stayed.
         settings: heading -> setting -> value.
@@ -420,7 +419,6 @@ class Report(_Part):
     twin_skipped: tuple[str, ...] = ()
     saved_as: SavedAs | None = None
     needs: tuple[str, ...] = ()
-    servers: tuple[ServedBy, ...] = ()
     seconds: dict[str, float] = {}
     evaluations: dict[Variant, Evaluation] = {}
     recovery: Recovery | None = None

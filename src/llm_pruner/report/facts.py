@@ -400,7 +400,6 @@ def recovery_report(
             **trained,
             "saved_as": done.saved_as,
             "needs": done.needs,
-            "servers": done.servers,
             "versions": versions(),
             "command": " && ".join(dict.fromkeys(filter(None, (earlier.command, command)))) or None,
             "card_digest": None,

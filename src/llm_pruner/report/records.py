@@ -14,7 +14,6 @@ from pydantic_core import to_jsonable_python
 from llm_pruner.compensation import Refitted
 from llm_pruner.evaluation.health import Health
 from llm_pruner.evaluation.perplexity import PerplexityResult
-from llm_pruner.evaluation.servers import ServedBy
 from llm_pruner.evaluation.skills import Skill
 from llm_pruner.evaluation.speed import Speed
 from llm_pruner.evaluation.zero_shot import Kept, Mean, TaskResult
@@ -27,7 +26,7 @@ T = TypeVar("T")
 Loss: TypeAlias = Annotated[float, BeforeValidator(lambda of: math.inf if of is None else of)]
 """In nats for each target token; JSON has no number for what is infinite."""
 
-_OF_THE_FOLDER = {"saved_as", "path", "bytes", "needs", "servers", "report"}
+_OF_THE_FOLDER = {"saved_as", "path", "bytes", "needs", "report"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,6 @@ class Pruned:
         path: the folder or the plan file that was written.
         saved_as: how the checkpoint loads; None if nothing was saved.
         needs: what loading the folder needs besides transformers, such as ``import llm_pruner``.
-        servers: which of the servers that are known run the folder, and how.
         report: the page that shows all this; None if none was written.
     """
 
@@ -80,7 +78,6 @@ class Pruned:
     path: Path
     saved_as: SavedAs | None = None
     needs: tuple[str, ...] = ()
-    servers: tuple[ServedBy, ...] = ()
     bytes: int | None = None
     report: Path | None = None
 
@@ -242,7 +239,7 @@ class Recovered:
         evaluations: held-out losses, in order.
         settings: all that decided how the run went.
         control: the dense model with the same training; None if it was not asked for.
-        needs, servers: as in ``Pruned``.
+        needs: as in ``Pruned``.
         report: the page that shows all this; None if none was written.
     """
 
@@ -266,7 +263,6 @@ class Recovered:
     control: Control | None = None
     saved_as: SavedAs = "stock"
     needs: tuple[str, ...] = ()
-    servers: tuple[ServedBy, ...] = ()
     bytes: int = 0
     report: Path | None = None
 
@@ -304,7 +300,6 @@ class Compressed:
             trained.
         peak_bytes: most memory that one process held; 0 if not known.
         tokens: that the dense and the compressed model have; None where all stayed.
-        servers: as in ``Pruned``; of packed weights none is known.
         report: the page in the folder; None if none could be drawn.
     """
 
@@ -317,7 +312,6 @@ class Compressed:
     notes: list[str]
     peak_bytes: int
     tokens: Change[int] | None = None
-    servers: tuple[ServedBy, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     report: Path | None = None
 

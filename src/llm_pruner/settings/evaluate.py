@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,7 +21,6 @@ from llm_pruner.settings.common import (
 )
 from llm_pruner.settings.limits import MOST, must, within
 from llm_pruner.settings.options import Settings, option, option_name, written
-from llm_pruner.settings.registry import SERVERS
 
 SKILLS = ("humaneval", "gsm8k")
 ANSWER_TOKENS = 256
@@ -208,13 +206,8 @@ def _sizes(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(sizes))
 
 
-_Count = Annotated[
-    int,
-    must(lambda count: count >= 1, "{name}={value} measures nothing; use at least 1"),
-    within(1, 2**20, "{name}"),
-]
+_Count = Annotated[int, within(1, 2**20, "{name}")]
 _Sizes = Annotated[tuple[_Count, ...], must(bool, "no batch size given; name one, such as 1")]
-_served = partial(option, panel="Server")
 
 
 class BenchSettings(ModelSettings):
@@ -225,7 +218,7 @@ class BenchSettings(ModelSettings):
         str(ModelSettings.model_fields["dtype"].description),
         "TYPE",
         panel=LOADING,
-        shown="float32; with --server what that takes",
+        shown="float32",
     )
     against: str | None = option(
         None,
@@ -245,56 +238,6 @@ class BenchSettings(ModelSettings):
     counts_only: bool = option(
         False, "Parameters, MACs and cache alone; needs a config but no weights."
     )
-    server: Annotated[str | None, written(lambda name: name.replace(".", "-"))] = _served(
-        None,
-        "Start this server for each model and time its answers: vllm, or llama.cpp, for which "
-        "folders are exported. It listens to this machine alone.",
-        "NAME",
-        known=SERVERS,
-    )
-    server_python: Path | None = _served(
-        None,
-        "Python of the environment that has the server.",
-        "FILE",
-        shown="the server on the PATH, or beside this package",
-    )
-    server_args: str | None = _served(
-        None, "More options for it, such as '--enforce-eager'.", "TEXT"
-    )
-    type: str | None = _served(None, "Of the exported weights, as for export.", "NAME", shown="f16")
-
-    def check(self) -> None:
-        """Raise UserError for what does not go together."""
-        names = ("server_python", "server_args", "type")
-        about = "a server; add --server NAME, or leave it out"
-        if self.server is not None:
-            names = ("compile", "counts_only", "device")
-            about = "models in this process, and --server starts others; leave one of them out"
-        for name in filter(self.given.__contains__, names):
-            raise UserError(f"{option_name(name)} is about {about}")
-        timing = ("compile", "repeats", "batch_size", "prompt_tokens", "new_tokens")
-        for name in filter(self.given.__contains__, timing if self.counts_only else ()):
-            raise UserError(
-                f"{option_name(name)} is about what is timed, and --counts-only times nothing; "
-                "leave one of them out"
-            )
-        if self.server and self.new_tokens < 2:
-            raise UserError(
-                f"--new-tokens {self.new_tokens} leaves nothing to time after the first token; use "
-                "at least 2 with --server"
-            )
-        try:
-            _ = self.server_words
-        except ValueError as error:
-            raise UserError(
-                f"--server-args {self.server_args} cannot be split into words ({error}); write it "
-                "as in a shell"
-            ) from error
-
-    @property
-    def server_words(self) -> tuple[str, ...]:
-        """Options of the server's own."""
-        return tuple(shlex.split(self.server_args or ""))
 
 
 _Layer = Annotated[

@@ -32,5 +32,4 @@ def entry(folder: str, name: str) -> Any:
 CRITERIA = ("random", "l1", "l2", "taylor", *names_in("importance/criteria"))
 METHODS = names_in("recovery/methods")
 FORMATS = names_in("export/formats")
-SERVERS = names_in("evaluation/servers")
 COMPENSATIONS = ("none", "least-squares")
