@@ -69,7 +69,7 @@ def curve(asked: list[object], ratios: str, tokens: str) -> dict[str, Any]:
     """Return the points of a curve, and what it took."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        more = ["--ratios", ratios, "--measured-tokens", tokens]
+        more = ["--ratios", ratios, "--set", f"measured_tokens={tokens}"]
         found, cost = run(["curve", *asked, *more], folder)
         text = found["points"][0]["measured"]
         return {

@@ -41,8 +41,8 @@ EXPERT = 3 * 192 * 256 + 192
 """Parameters that go with an expert: three matrices, and its row in the router."""
 WAYS = {
     "equal": ("--uniform",),
-    "unequal, no layer more than twice the average": ("--spread", "2"),
-    "unequal, no layer more than four times the average": ("--spread", "4"),
+    "unequal, no layer more than twice the average": ("--set", "spread=2"),
+    "unequal, no layer more than four times the average": ("--set", "spread=4"),
 }
 
 
@@ -73,12 +73,12 @@ def main() -> None:
                 llm_pruner(
                     *("prune", dense, "--out", out, "--overwrite", "--params", left),
                     *("--structures", "experts", "--criterion", options.criterion, *how),
-                    *("--protect-first", 0, "--protect-last", 0, "--round-to", 1),
+                    *("--set", "protect_first=0", "--set", "protect_last=0", "--round-to", 1),
                     *("--preset", "fast", "--calibration", options.train),
                 )
                 found = found_by(
                     *("evaluate", out, "--perplexity", options.text, "--against", dense),
-                    *("--max-tokens", 32_768, "--seq-len", WINDOW),
+                    *("--set", "max_tokens=32768", "--set", f"seq_len={WINDOW}"),
                 )
                 text = found["perplexity"][0]
                 row = {

@@ -45,7 +45,7 @@ def main() -> None:
                 text = ("--calibration", options.calibration, "--dtype", kind)
                 done = found_by("prune", folders["dense"], "--out", folder, *prune, *text)
                 found[kind] = {key: done[key] for key in ("parameters_after", "seconds")}
-            how = ("--seq-len", WINDOW, "--max-tokens", options.max_tokens)
+            how = ("--set", f"seq_len={WINDOW}", "--set", f"max_tokens={options.max_tokens}")
             measured = found_by("evaluate", folder, "--perplexity", options.text, *how)
             found[kind] |= {
                 "folder_bytes": folder_bytes(folder),

@@ -51,15 +51,15 @@ TURN = ("prune", "recover", "evaluate", "streamed") * 6 + ("compress",) * 2
 """Commands in their order, over and over: compress, which takes longest, least often."""
 
 INPUTS = ("dense", "small", "text.txt", "tiny.yaml")
-TRAIN = "--seq-len 64 --batch-size 4 --samples 24 --held-out 4 --max-steps 4"
+TRAIN = "--set seq_len=64 --batch-size 4 --samples 24 --set held_out=4 --set max_steps=4"
+PRUNE = "prune dense --out out --ratio 0.2 --calibration text.txt --samples 8 --set seq_len=32"
 COMMANDS = {
-    "prune": "prune dense --out out --ratio 0.2 --calibration text.txt --samples 8 --seq-len 32",
-    "streamed": "prune dense --out out --ratio 0.2 --calibration text.txt --samples 8 --seq-len 32 "
-    "--memory 1KB",
-    "recover": f"recover small --out out --data text.txt --teacher dense {TRAIN} --save-every 1 "
-    "--resume",
+    "prune": PRUNE,
+    "streamed": f"{PRUNE} --memory 1KB",
+    "recover": f"recover small --out out --data text.txt --teacher dense {TRAIN} "
+    "--set save_every=1 --resume",
     "compress": "compress dense --out out --preset tiny.yaml --data text.txt --perplexity text.txt",
-    "evaluate": "evaluate small --perplexity text.txt --seq-len 64 --json out.json",
+    "evaluate": "evaluate small --perplexity text.txt --set seq_len=64 --json out.json",
 }
 PRESET = """
 structures: [ffn]

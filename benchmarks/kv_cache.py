@@ -63,7 +63,7 @@ def main() -> None:
             "ffn": figures(both["against"]),
         }
         for name, model in (("dense", options.model), ("kv-cache", heads), ("ffn", ffn)):
-            read = ("--seq-len", WINDOW, "--max-tokens", options.max_tokens)
+            read = ("--set", f"seq_len={WINDOW}", "--set", f"max_tokens={options.max_tokens}")
             found = found_by("evaluate", model, "--perplexity", options.text, *read)
             rows[name]["perplexity"] = round(found["perplexity"][0]["perplexity"], 3)
             print(name, json.dumps(rows[name]), flush=True)

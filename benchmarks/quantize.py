@@ -143,7 +143,7 @@ def _pack(folder: Path, out: Path) -> bool:
 
 def _measured(folder: Path, dense: Path, text: str) -> dict[str, Any]:
     against = () if folder == dense else ("--against", dense)
-    how = ("--perplexity", text, "--max-tokens", TOKENS, "--seq-len", 1024)
+    how = ("--perplexity", text, "--set", f"max_tokens={TOKENS}", "--set", "seq_len=1024")
     found = found_by("evaluate", folder, *how, *against)
     (result,) = found["perplexity"]
     far = result["divergence"] or {}

@@ -33,7 +33,7 @@ METHODS = {
     "lora": ["--method", "lora"],
     "distil": ["--method", "lora", "--teacher", "default"],
     "full": ["--method", "full"],
-    "written": ["--method", "lora", "--teacher", "default", "--distill-weight", "0"],
+    "written": ["--method", "lora", "--teacher", "default", "--set", "distill_weight=0"],
 }
 
 
@@ -111,9 +111,14 @@ def main() -> None:
                 arguments += [f"--{option.replace('_', '-')}", value]
             arguments += [] if options.minutes is None else ["--max-minutes", options.minutes]
             if options.max_steps is not None:
-                arguments += ["--max-steps", options.max_steps, "--patience", options.max_steps]
+                arguments += [
+                    "--set",
+                    f"max_steps={options.max_steps}",
+                    "--set",
+                    f"patience={options.max_steps}",
+                ]
             if "--teacher" in arguments:
-                arguments += ["--teacher-cache", forgetful(options.work / "teacher")]
+                arguments += ["--set", f"teacher_cache={forgetful(options.work / 'teacher')}"]
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "out"
                 llm_pruner("recover", pruned, "--out", out, *arguments)

@@ -65,9 +65,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "recovery_kills.json")
     options = parser.parse_args()
     draw = random.SystemRandom()
-    settings = ["--data", options.data, "--samples", STEPS * BATCH + 4, "--held-out", 4]
-    settings += ["--batch-size", BATCH, "--seq-len", SEQ_LEN, "--max-steps", STEPS, "--no-bf16"]
-    settings += ["--save-every", SAVE_EVERY, "--evaluations", STEPS, "--lora-dropout", 0.1]
+    settings = ["--data", options.data, "--samples", STEPS * BATCH + 4, "--set", "held_out=4"]
+    settings += [
+        "--batch-size",
+        BATCH,
+        "--set",
+        f"seq_len={SEQ_LEN}",
+        "--set",
+        f"max_steps={STEPS}",
+        "--set",
+        "bf16=false",
+    ]
+    settings += [
+        "--set",
+        f"save_every={SAVE_EVERY}",
+        "--set",
+        f"evaluations={STEPS}",
+        "--set",
+        "lora_dropout=0.1",
+    ]
     tries = []
     with tempfile.TemporaryDirectory() as folder:
         whole, cut = Path(folder) / "whole", Path(folder) / "cut"

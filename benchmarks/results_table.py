@@ -19,14 +19,14 @@ from commands import stamp
 
 RESULTS = Path(__file__).parent / "results"
 PAPER = ("--preset", "paper", "--layers", "heads=4-26,ffn=4-26")
-MEASURED = ("--protocol", "paper", "--max-tokens", "8192")
+MEASURED = ("--protocol", "paper", "--set", "max_tokens=8192")
 """Of SmolLM2-135M, in the paper's setting."""
 
 ROWS: dict[str, Sequence[str]] = {
     "random": (*PAPER, "--criterion", "random"),
     "L2": (*PAPER, "--criterion", "l2"),
     "Taylor": PAPER,
-    "Taylor, split by trials": (*PAPER, "--split", "auto"),
+    "Taylor, split by trials": (*PAPER, "--set", "split=auto"),
     "preset fast": ("--preset", "fast"),
     "preset best": ("--preset", "best"),
 }

@@ -40,12 +40,12 @@ PROMPTS = (
 )
 LINES, GREEDY = 200, 32
 SHAPES = {
-    "unequal FFN": ("--ratio", 0.15, "--structures", "ffn", "--scope", "global"),
-    "unequal KV heads": ("--ratio", 0.05, "--structures", "heads", "--scope", "global"),
+    "unequal FFN": ("--ratio", 0.15, "--structures", "ffn", "--set", "scope=global"),
+    "unequal KV heads": ("--ratio", 0.05, "--structures", "heads", "--set", "scope=global"),
     "all unequal, layers dropped": (
-        *("--ratio", 0.16, "--structures", "heads,query_heads,ffn,layers", "--scope", "global"),
+        *("--ratio", 0.16, "--structures", "heads,query_heads,ffn,layers", "--set", "scope=global"),
         # L2 leaves a wreck, whose rounding errors are beyond what the check of the cut takes.
-        *("--split", "heads=0.1,query_heads=0.1,ffn=0.6,layers=0.2", "--no-verify"),
+        *("--set", "split=heads=0.1,query_heads=0.1,ffn=0.6,layers=0.2", "--set", "verify=false"),
     ),
     "equal": ("--ratio", 0.2, "--uniform"),
     "26 of 30 layers": ("--ratio", 0.1053, "--structures", "layers"),

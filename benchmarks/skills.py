@@ -38,7 +38,7 @@ def main() -> None:
     there = {(row["name"], row["of"]) for row in results["rows"]}
     asked = {
         "humaneval": (
-            *("--skills", "humaneval", "--run-code", "--skills-data", given.skills_data),
+            *("--skills", "humaneval", "--run-code", "--set", f"skills_data={given.skills_data}"),
             *("--limit", given.limit),
         ),
         "health": ("--health",),
@@ -51,7 +51,7 @@ def main() -> None:
             begun = time.perf_counter()
             found = found_by(
                 *("evaluate", model, *options, *against),
-                *("--dtype", "bfloat16", "--batch-size", given.batch_size),
+                *("--dtype", "bfloat16", "--set", f"batch_size={given.batch_size}"),
             )
             row = {
                 **{"name": name, "of": of, "parameters": found["parameters"]},

@@ -39,11 +39,11 @@ RESULTS = Path(__file__).parent / "results"
 OLDEST = "5.5.4"
 
 WAYS: dict[str, tuple[object, ...]] = {
-    "SmolLM2 unequal FFN": ("--structures", "ffn", "--ratio", 0.15, "--scope", "global"),
-    "SmolLM2 unequal KV heads": ("--structures", "heads", "--ratio", 0.05, "--scope", "global"),
+    "SmolLM2 unequal FFN": ("--structures", "ffn", "--ratio", 0.15, "--set", "scope=global"),
+    "SmolLM2 unequal KV heads": ("--structures", "heads", "--ratio", 0.05, "--set", "scope=global"),
     "SmolLM2 all unequal, layers dropped": (
-        *("--structures", "heads,query_heads,ffn,layers", "--ratio", 0.2, "--scope", "global"),
-        *("--split", "heads=0.2,query_heads=0.1,ffn=0.4,layers=0.3"),
+        *("--structures", "heads,query_heads,ffn,layers", "--ratio", 0.2, "--set", "scope=global"),
+        *("--set", "split=heads=0.2,query_heads=0.1,ffn=0.4,layers=0.3"),
     ),
     "SmolLM2 equal": ("--structures", "heads,ffn", "--ratio", 0.2, "--uniform"),
     "SmolLM2 26 of 30 layers": ("--structures", "layers", "--params", "120.4M"),
@@ -149,7 +149,7 @@ def folders(work: Path, only: str | None = None) -> Iterator[Path]:
         if name in FAMILIES and not out.exists():
             prune_family(name, out)
         elif not out.exists():
-            whole = ("--protect-first", 0, "--protect-last", 0)
+            whole = ("--set", "protect_first=0", "--set", "protect_last=0")
             common = ("--out", out, "--preset", "paper", "--criterion", "l2", *whole)
             llm_pruner("prune", "default", *common, *WAYS[name])
         yield referred(out)

@@ -91,7 +91,7 @@ def made(
                 peer(options, last, out, said)
             else:
                 goes_on = ["--resume"] if out.with_suffix(".recovering").exists() else []
-                seeded = [] if name == "vocab" else ["--seed", seed]
+                seeded = [] if name == "vocab" else ["--set", f"seed={seed}"]
                 llm_pruner(name, last, "--out", out, *seeded, "--overwrite", *goes_on, *said)
             if (said_of := Path(last, "peer.json")).exists():
                 shutil.copy(said_of, out)  # how many parameters are no zeros, also once trained
@@ -117,7 +117,7 @@ def measured(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     texts = [word for text in options.text for word in ("--perplexity", text)]
     found = found_by(
         *("evaluate", folder, *texts, "--against", options.model, "--dtype", options.dtype),
-        *("--max-tokens", options.max_tokens, "--seq-len", options.window),
+        *("--set", f"max_tokens={options.max_tokens}", "--set", f"seq_len={options.window}"),
     )
     rows = {}
     for text, one in zip(options.text, found["perplexity"], strict=True):

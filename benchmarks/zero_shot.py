@@ -41,7 +41,16 @@ def ours(model: Path, data: Path, limit: int, folder: Path) -> tuple[dict[str, A
     """Return {task: {metric: (value, stderr)}} and seconds of our command."""
     file = folder / "ours.json"
     command = ["-m", "llm_pruner", "evaluate", model, "--tasks", ",".join(TASKS)]
-    command += ["--tasks-data", data, "--limit", limit, "--no-cache", "--json", file]
+    command += [
+        "--set",
+        f"tasks_data={data}",
+        "--limit",
+        limit,
+        "--set",
+        "cache=false",
+        "--json",
+        file,
+    ]
     seconds = run(*command)
     found = json.loads(file.read_text())["zero_shot"]
     tables = {

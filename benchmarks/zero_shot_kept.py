@@ -39,9 +39,9 @@ def evaluated(model: object, data: Path, dtype: str, limit: int | None = None) -
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "found.json"
-        tasks = ("--tasks", "paper", "--tasks-data", data, "--dtype", dtype)
+        tasks = ("--tasks", "paper", "--set", f"tasks_data={data}", "--dtype", dtype)
         some = () if limit is None else ("--limit", limit)
-        llm_pruner("evaluate", model, *tasks, *some, "--no-cache", "--json", file)
+        llm_pruner("evaluate", model, *tasks, *some, "--set", "cache=false", "--json", file)
         found = json.loads(file.read_text())["zero_shot"]
     return {
         "tasks": {one["task"]: one for one in found["tasks"]},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 
 import llm_pruner
 import llm_pruner.recovery as recovery
-from command import PLAIN, WORDS, done, save_tiny, write_text
+from command import PLAIN, WORDS, direct, done, save_tiny, write_text
 from llm_pruner.cli.build import add
 from llm_pruner.commands.prune import PruneRun
 from llm_pruner.errors import UserError
@@ -99,9 +100,9 @@ def test_every_field_says_what_it_is(kind: type[Settings]) -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_help_shows_every_field(name: str) -> None:
     shown = done(name, "--help").out
-    for field, how in ((n, option_of(f)) for n, f in COMMANDS[name].model_fields.items()):
-        if not (how.hidden or how.positional):
-            assert option_name(field) in shown
+    assert "--set" in shown
+    for field, how in COMMANDS[name].shown().items():
+        assert how.positional or option_name(field) in shown.split()
 
 
 @pytest.mark.slow
@@ -372,11 +373,42 @@ def test_what_is_said_later_wins(tmp_path: Path) -> None:
         PruneSettings.read({}, file)
 
 
-@pytest.mark.slow
-def test_the_old_name_of_an_option_works_and_says_so(place: Path) -> None:
-    given = ("--out", "p.json", "--ratio", 0.2, "--criterion", "l2", "--split", "equal")
-    found = done("prune", "dense", *given, "--dry-run", "--recipe", PLAIN)
-    assert found.err == (
-        "llm-pruner: warning: --recipe is called --preset now; write --preset, the old name goes "
-        "with 0.3\n"
-    )
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("prune", "--spread", "2"), "--spread is a setting now: write --set spread=2"),
+        (("prune", "--no-verify"), "--verify is a setting now: write --set verify=false"),
+        (("evaluate", "--seq-len=64"), "--seq-len is a setting now: write --set seq_len=64"),
+        (("compress", "--recipe", "best"), "--recipe went: write --preset best"),
+        (("prune", "--set", "spred=2"), "--set spred=2: spred is no setting; did you mean spread?"),
+        (("prune", "--set", "spread"), "--set spread has no value; write KEY=VALUE"),
+        (("prune", "--set", "steps=many"), "--steps many: input should be a valid integer"),
+    ],
+)
+def test_earlier_options_and_slips_say_what_to_write(args: tuple[str, ...], said: str) -> None:
+    result = direct(args[0], "m", "--out", "o", *args[1:])
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith(f"llm-pruner: {said}")
+    assert result.err.count("\n") == 1
+
+
+def test_any_field_can_be_set() -> None:
+    texts = [
+        *("spread=2", "split=heads=0.1,ffn=0.9", "protect-first=1", "layer_trials=yes"),
+        *("verify=false", "text_field=1", "layers=ffn=2-5", "structures=ffn"),
+    ]
+    found = PruneSettings.read({"model": "m", "out": "o", **PruneSettings.from_texts(texts)})
+    assert (found.spread, found.split) == (2.0, {"heads": 0.1, "ffn": 0.9})
+    assert (found.protect_first, found.layer_trials, found.verify) == (1, True, False)
+    assert (found.text_field, found.layers, found.structures) == ("1", {"ffn": (2, 5)}, ("ffn",))
+    listed = direct("prune", "--set", "help").out
+    assert "\n  spread            With --scope global" in listed
+    assert "--ratio" not in listed
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("prune", 30), ("recover", 25), ("evaluate", 18), ("compress", 18), ("curve", 15)],
+)
+def test_the_help_is_short(name: str, most: int) -> None:
+    assert len(re.findall(r"^  (?:-\w, )?--", done(name, "--help").out, re.MULTILINE)) <= most

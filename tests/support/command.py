@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +14,10 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from typer.main import get_command
 
 from helpers import tiny_model, tiny_tokenizer
-from llm_pruner.cli import main
+from llm_pruner.cli import app, main
 from llm_pruner.commands.evaluate import measure
 from llm_pruner.evaluation.perplexity import PerplexityResult
 from llm_pruner.evaluation.speed import Speed, measure_speed
@@ -44,8 +45,14 @@ def run(*args: object) -> Result:
     ``prune`` takes the preset `PLAIN` where none is named: the default one reads more text than the
     tests have.
     """
-    if args[:1] == ("prune",) and not {"--preset", "--recipe", "--plan", "-h"} & {*map(str, args)}:
+    args = with_set(args)
+    if args[:1] == ("prune",) and not {"--preset", "--plan", "-h"} & {*args}:
         args = (*args, "--preset", PLAIN)
+    return direct(*args)
+
+
+def direct(*args: object) -> Result:
+    """Run ``llm-pruner`` with exactly these arguments."""
     out, err = io.StringIO(), io.StringIO()
     code = 0
     with (
@@ -59,6 +66,30 @@ def run(*args: object) -> Result:
         except SystemExit as stopped:
             code = stopped.code or 0
     return Result(code, out.getvalue(), err.getvalue())
+
+
+def with_set(args: Sequence[object]) -> tuple[str, ...]:
+    """Return arguments in which settings without an option of their own are given by ``--set``.
+
+    Tests name them as they name options: ``--spread 2`` stands for ``--set spread=2``.
+    """
+    words = [*map(str, args)]
+    kind = getattr(get_command(app).commands.get(words[0] if words else ""), "kind", None)
+    found: list[str] = []
+    while words:
+        word = words.pop(0)
+        flag, sign, value = word.removeprefix("--").partition("=")
+        name = flag.removeprefix("no-").replace("-", "_")
+        field = None if kind is None else kind.model_fields.get(name)
+        if not word.startswith("--") or field is None or name in kind.shown():
+            found.append(word)
+            continue
+        if field.annotation in (bool, bool | None):
+            value = "false" if flag.startswith("no-") else "true"
+        elif not sign:
+            value = words.pop(0)
+        found += ["--set", f"{name}={value}"]
+    return tuple(found)
 
 
 def done(*args: object) -> Result:

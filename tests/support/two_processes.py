@@ -67,13 +67,14 @@ def carry_out(prepare: Callable[[Command], Callable[[], list[Any]]]) -> NoReturn
 
     from accelerate.state import PartialState
 
+    from command import with_set
     from llm_pruner.cli import main, output
 
     output._PATIENCE = 0
     PartialState(cpu=True)  # they part at the end of all commands
     for command in json.loads((here / "commands.json").read_text()):
         more = prepare(command)
-        sys.argv, code = ["llm-pruner", *command["words"]], 0
+        sys.argv, code = ["llm-pruner", *with_set(command["words"])], 0
         try:
             main()
         except SystemExit as stopped:

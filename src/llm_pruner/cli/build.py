@@ -6,6 +6,7 @@ import inspect
 import types
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import fill
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import typer
@@ -13,7 +14,8 @@ from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
-from llm_pruner.cli.output import check_json, warn
+from llm_pruner.cli.output import check_json
+from llm_pruner.errors import UserError
 from llm_pruner.files.disk import expanded
 from llm_pruner.settings.common import OUTPUT, once
 from llm_pruner.settings.options import Option, Settings, option_name, option_of
@@ -49,6 +51,19 @@ Json = Annotated[str | None, _json()]
 
 class GroupedCommand(TyperCommand):
     """A command whose help lists each option under its ``rich_help_panel``, as plain text."""
+
+    kind: type[Settings] | None = None
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse as usual; raise UserError for an earlier option, with what to write now."""
+        known = {flag for param in self.params for flag in (*param.opts, *param.secondary_opts)}
+        for at, word in enumerate(args if self.kind else ()):
+            flag, sign, value = word.partition("=")
+            if flag.startswith("--") and flag not in known:
+                now = _instead(self.kind, flag, value if sign else "".join(args[at + 1 : at + 2]))
+                if now is not None:
+                    raise UserError(now)
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write one section per heading, in the order in which the headings first occur."""
@@ -87,15 +102,12 @@ def add(
     ]
 
     def command(**values: Any) -> None:
-        config, json = values.pop("config"), values.pop("json")
+        config, json, texts = values.pop("config"), values.pop("json"), values.pop("set") or []
+        if "help" in texts:
+            _list_settings(kind)
+            return
         given = {field: value for field, value in values.items() if value not in (None, [])}
-        for field, option in _options(kind).items():
-            old = given.pop(f"was_{field}", None)
-            if old is not None:
-                now = option_name(field)
-                warn(f"{option.was} is called {now} now; write {now}, the old name goes with 0.3")
-                given.setdefault(field, old)
-        settings = kind.read(given, config)
+        settings = kind.read({**given, **kind.from_texts(texts)}, config)
         out = None if getattr(settings, "dry_run", False) else getattr(settings, "out", None)
         reads = [config, *settings.reads, None if out else getattr(settings, "out", None)]
         check_json(json, reads, out or getattr(settings, "report", None))
@@ -104,15 +116,35 @@ def add(
     command.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     command.__annotations__ = {one.name: one.annotation for one in shown}
     command.__doc__ = run.__doc__
-    app.command(name, cls=GroupedCommand, epilog=examples)(command)
+    grouped = type("GroupedCommand", (GroupedCommand,), {"kind": kind})
+    app.command(name, cls=grouped, epilog=examples)(command)
+
+
+def _instead(kind: type[Settings], flag: str, value: str) -> str | None:
+    """Return what to write in place of an earlier option, or None if there was none."""
+    name = flag[2:].replace("-", "_")
+    field = kind.model_fields.get(name.removeprefix("no_"))
+    if field is not None and field.annotation in (bool, bool | None):
+        value, name = str(not name.startswith("no_")).lower(), name.removeprefix("no_")
+    return kind.renamed(name, value)
+
+
+def _list_settings(kind: type[Settings]) -> None:
+    """Print the fields that have no option of their own."""
+    preset, shown = kind.of_preset(None), kind.shown()
+    print("Settings for --set KEY=VALUE and --config files:")
+    for name, field in kind.model_fields.items():
+        if name not in shown:
+            words = _words(name, field, option_of(field), preset)
+            print(fill(words, 80, initial_indent=f"  {name:<16}  ", subsequent_indent=" " * 20))
 
 
 def _options(kind: type[Settings]) -> dict[str, Option]:
     """Return how the fields are shown, in the order of the help."""
-    found = {name: option_of(field) for name, field in kind.model_fields.items()}
+    found = kind.shown()
     order = {panel: number for number, panel in enumerate(kind.panels)}
     names = sorted(found, key=lambda name: order.get(str(found[name].panel), -1))
-    return {name: found[name] for name in names if not found[name].hidden}
+    return {name: found[name] for name in names}
 
 
 def _parameters(kind: type[Settings]) -> list[tuple[str, Any]]:
@@ -136,15 +168,18 @@ def _parameters(kind: type[Settings]) -> list[tuple[str, Any]]:
             show_default=False,
         )
         parameters.append((name, Annotated[shape | None, how]))
-        if option.was:
-            parameters.append(
-                (f"was_{name}", Annotated[str | None, typer.Option(option.was, hidden=True)])
-            )
     panel = OUTPUT if "out" in kind.model_fields else None
     config = typer.Option(
         "--config",
         metavar="FILE",
-        help="YAML file with options; those beside it win.",
+        help="YAML file with options and settings; those beside it win.",
+        rich_help_panel=panel,
+        show_default=False,
+    )
+    texts = typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set what has no option of its own; --set help lists it. May be given several times.",
         rich_help_panel=panel,
         show_default=False,
     )
@@ -152,6 +187,7 @@ def _parameters(kind: type[Settings]) -> list[tuple[str, Any]]:
         *parameters,
         ("config", Annotated[Path | None, config]),
         ("json", Annotated[str | None, _json(panel)]),
+        ("set", Annotated[list[str] | None, texts]),
     ]
 
 

@@ -28,7 +28,7 @@ class ChatSettings(ModelSettings):
     temperature: _Temperature = option(
         0.0, "Draw each token at this temperature; 0: always the likeliest.", "T"
     )
-    seed: Seed = option(0, "Of what is drawn; each conversation begins with it.", "N")
+    seed: Seed = option(0, "Of what is drawn; each conversation begins with it.", "N", hidden=True)
 
     def check(self) -> None:
         """Raise UserError for a model beside itself."""

@@ -57,7 +57,7 @@ class ModelSettings(Settings):
     device: str = _loading(
         "auto", "Where to run: cpu, cuda, or auto for a GPU if there is one.", "NAME"
     )
-    revision: str | None = _loading(None, "Branch, tag or commit on the hub.", "NAME")
+    revision: str | None = _loading(None, "Branch, tag or commit on the hub.", "NAME", hidden=True)
     trust_remote_code: bool = _loading(False, "Run Python code that comes with the model.")
 
     def loading(self, model: str | Path | None = None, dtype: str | None = None) -> ModelSettings:
@@ -124,11 +124,13 @@ class FolderSettings(Settings):
 class OutputSettings(FolderSettings):
     """The folder of a model that is written."""
 
-    max_shard_size: str = _output("5GB", "Largest weight file.", "SIZE")
+    max_shard_size: str = _output("5GB", "Largest weight file.", "SIZE", hidden=True)
     push_to_hub: str | None = _output(
         None, "Upload the folder, when it is complete, to this repository of the hub.", "REPO"
     )
-    private: bool = _output(False, "Let nobody else see a repository that is made for it.")
+    private: bool = _output(
+        False, "Let nobody else see a repository that is made for it.", hidden=True
+    )
 
 
 class SavedSettings(ModelSettings):
@@ -165,13 +167,19 @@ class CalibrationSettings(Settings):
         128, "Number of sequences.", "N"
     )
     seq_len: Annotated[int, _least("predicts no token", 2), within(2, 2**24, "{name}")] = _text(
-        128, "Tokens of each.", "N"
+        128,
+        "Tokens of each.",
+        "N",
+        hidden=True,
     )
     score_samples: Annotated[int, _least("estimates on nothing")] | None = _text(
-        None, "Estimate importance on only this many of them.", "N"
+        None,
+        "Estimate importance on only this many of them.",
+        "N",
+        hidden=True,
     )
-    text_split: str | None = _text(None, "Split of a hub dataset.", "NAME")
-    text_field: str | None = _text(None, "Field that holds the text.", "NAME")
+    text_split: str | None = _text(None, "Split of a hub dataset.", "NAME", hidden=True)
+    text_field: str | None = _text(None, "Field that holds the text.", "NAME", hidden=True)
     kept: Path | None = option(
         None, "Folder that keeps the text of self, for other stages of a run.", hidden=True
     )
@@ -200,6 +208,7 @@ class TaskSettings(Settings):
         "DIR",
         shown="the datasets on the hub",
         reads=True,
+        hidden=True,
     )
     limit: Annotated[int, _SOME, within(1, MOST)] | None = _task(
         None, "Only the first N items of each task, or problems or prompts.", "N", shown="all"

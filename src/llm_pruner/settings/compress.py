@@ -30,12 +30,15 @@ _how, _tokens = partial(option, panel=HOW), partial(option, panel=_TOKENS)
 class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
     """All that ``compress`` can be asked for: the dense model, and how it becomes smaller."""
 
+    hides: ClassVar = frozenset({"dtype", "push_to_hub", "limit"})
+    gone: ClassVar = {"recipe": "write --preset {value}"}
     panels: ClassVar = (HOW_MUCH, _TOKENS, HOW, _MEASURE, TASKS, OUTPUT, LOADING)
 
     restart: bool = option(
         False,
         "Throw an interrupted run away, which the same command would go on with.",
         panel=OUTPUT,
+        hidden=True,
     )
     vocab_text: Sources = _tokens(
         (),
@@ -46,7 +49,11 @@ class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
         reads=True,
     )
     vocab_size: Annotated[int, within(1, MOST)] | None = _tokens(
-        None, "Tokens that stay.", "N", shown="those that the text has"
+        None,
+        "Tokens that stay.",
+        "N",
+        shown="those that the text has",
+        hidden=True,
     )
     ratio: float | None = option(
         None,
@@ -59,7 +66,6 @@ class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
         "best",
         "How to prune: paper, fast, balanced, best, or a YAML file.",
         "NAME",
-        was="--recipe",
         reads=True,
     )
     time_budget: Annotated[float | None, written(parse_duration), _BUDGET] = _how(
@@ -82,16 +88,17 @@ class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
         shown="self, what MODEL writes",
         reads=True,
     )
-    recover: bool = _how(True, "Train after pruning.")
+    recover: bool = _how(True, "Train after pruning.", hidden=True)
     control: bool = _how(
         False,
         "Train MODEL as well, with the same text, steps and rate, and show what is left of the "
         "damage beside it.",
+        hidden=True,
     )
     quantize: Literal["none", "int8"] = _how(
         "none", "At the end, pack the weights of linear layers in int8, by torchao.", "TYPE"
     )
-    seed: Seed = _how(0, "Of all that is drawn.", "N")
+    seed: Seed = _how(0, "Of all that is drawn.", "N", hidden=True)
     perplexity: Sources = option(
         ("demo",),
         "Corpus to measure perplexity on, as for evaluate. May be given several times.",

@@ -40,6 +40,12 @@ _DAMAGE = AfterValidator(lambda text: parse_damage(text) and text)
 class CurveSettings(MemorySettings, FolderSettings, SavedSettings, ChoiceSettings):
     """All that ``curve`` can be asked for: the dense model, and how it would be pruned."""
 
+    hides: ClassVar = frozenset(
+        {
+            *("samples", "structures", "uniform", "layers", "round_to", "criterion", "order"),
+            *("compensation", "repair_minutes", "dtype"),
+        }
+    )
     panels: ClassVar = (_POINTS, WHERE, IMPORTANCE, CALIBRATION, _MEASURE, PLAN, OUTPUT, LOADING)
 
     ratios: Annotated[tuple[float, ...], _SHARES, _ASCENDING, written(parse_shares)] = _points(
@@ -69,9 +75,12 @@ class CurveSettings(MemorySettings, FolderSettings, SavedSettings, ChoiceSetting
         8192,
         "Measure on this many tokens of it, in whole windows, of which there are two at least.",
         "N",
+        hidden=True,
     )
     restart: bool = _output(
-        False, "Throw an interrupted run away, which the same command would go on with."
+        False,
+        "Throw an interrupted run away, which the same command would go on with.",
+        hidden=True,
     )
 
     def pruning(self, ratio: float) -> PruneSettings:

@@ -44,16 +44,26 @@ class PerplexitySettings(Settings):
         "standard", "standard: long windows; paper: windows of 128, as LLM-Pruner does.", "NAME"
     )
     seq_len: Annotated[int, within(2, 2**24)] | None = option(
-        None, "Tokens in a window.", "N", shown="2048 or the model's maximum; 128 for paper"
+        None,
+        "Tokens in a window.",
+        "N",
+        shown="2048 or the model's maximum; 128 for paper",
+        hidden=True,
     )
     max_tokens: Annotated[int, within(2, MOST)] | None = option(
-        None, "Read only this many tokens.", "N"
+        None,
+        "Read only this many tokens.",
+        "N",
+        hidden=True,
     )
     batch_size: Annotated[_AtOnce, written(_sequences, "auto")] = option(
-        "auto", "Sequences at once, or auto: as many as keep the logits small.", "N"
+        "auto",
+        "Sequences at once, or auto: as many as keep the logits small.",
+        "N",
+        hidden=True,
     )
-    split: str | None = option(None, "Split of a hub dataset.", "NAME")
-    text_field: str | None = option(None, "Field that holds the text.", "NAME")
+    split: str | None = option(None, "Split of a hub dataset.", "NAME", hidden=True)
+    text_field: str | None = option(None, "Field that holds the text.", "NAME", hidden=True)
 
     @property
     def sequences(self) -> int | None:
@@ -82,6 +92,7 @@ class SkillSettings(Settings):
         "DIR",
         shown="the datasets on the hub",
         reads=True,
+        hidden=True,
     )
     run_code: bool = _skill(
         False,
@@ -94,7 +105,11 @@ class SkillSettings(Settings):
         "loop and how many never end.",
     )
     health_prompts: Path | None = _skill(
-        None, "Other prompts: a .txt file with one a line, or .jsonl.", "FILE", reads=True
+        None,
+        "Other prompts: a .txt file with one a line, or .jsonl.",
+        "FILE",
+        reads=True,
+        hidden=True,
     )
 
     def check_skills(self) -> None:
@@ -119,7 +134,9 @@ class EvaluateSettings(
 ):
     """All that ``evaluate`` can be asked for."""
 
-    memory: Room = room_for_weights(shown="four fifths of what is free, for both models")
+    memory: Room = room_for_weights(
+        shown="four fifths of what is free, for both models", hidden=True
+    )
 
     perplexity: Sources = option(
         (),
@@ -139,16 +156,22 @@ class EvaluateSettings(
         True,
         "Use known results of tasks and known answers of this model, and keep new ones.",
         panel=TASKS,
+        hidden=True,
     )
     speed: bool = option(False, "Measure tokens per second.")
     prompt: Sources = option(
         (), "Show what the model writes after this text. May be given several times.", "TEXT"
     )
     new_tokens: Annotated[int, within(1, 2**20)] = option(
-        40, "Tokens that it writes after a prompt.", "N"
+        40,
+        "Tokens that it writes after a prompt.",
+        "N",
+        hidden=True,
     )
     chat: bool = option(
-        True, "Ask the prompt in the tokenizer's chat template, if it has one, or continue it."
+        True,
+        "Ask the prompt in the tokenizer's chat template, if it has one, or continue it.",
+        hidden=True,
     )
     report: Path | None = option(
         None,

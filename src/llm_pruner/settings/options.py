@@ -15,7 +15,7 @@ import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -46,18 +46,16 @@ class Option:
         metavar: stands for the value in the help; None for a switch.
         shown: words that stand for the default in the help; None for the default itself.
         short: a letter with its dash.
-        was: earlier name of the option with its dashes, which still works and says so.
         known: the words that it takes, where they are not in its type.
         reads: whether it names what is read: a model, a corpus, a file.
         positional: an argument, without dashes.
-        hidden: for Python and ``--config`` alone.
+        hidden: has no option of its own: it is set by ``--set``, ``--config`` or Python.
     """
 
     metavar: str | None = None
     panel: str | None = None
     shown: str | None = None
     short: str | None = None
-    was: str | None = None
     known: tuple[str, ...] = ()
     reads: bool = False
     positional: bool = False
@@ -88,6 +86,8 @@ class Settings(BaseModel):
         presets: name -> YAML file with values for some of the fields.
         default_preset: the one that holds where none is named.
         panels: headings of the help, in their order.
+        hides: inherited fields that have no option of their own in this command.
+        gone: earlier fields -> what to write now, in which ``{value}`` stands for the value.
         one_of: fields of which one stands for all: given as an option, it wins over any in a file.
         given: the fields that were given by name, not by a preset or default.
     """
@@ -97,6 +97,8 @@ class Settings(BaseModel):
     presets: ClassVar[Mapping[str, Path]] = {}
     default_preset: ClassVar[str | None] = None
     panels: ClassVar[tuple[str, ...]] = ()
+    hides: ClassVar[frozenset[str]] = frozenset()
+    gone: ClassVar[Mapping[str, str]] = {}
     one_of: ClassVar[frozenset[str]] = frozenset()
     _given: frozenset[str] = PrivateAttr(default=frozenset())
 
@@ -149,6 +151,52 @@ class Settings(BaseModel):
         filed = {} if config is None else read_yaml(config, f"--config {config}", cls)
         gone = cls.replaced(given, filed)
         return cls(**{**{name: of for name, of in filed.items() if name not in gone}, **given})
+
+    @classmethod
+    def shown(cls) -> dict[str, Option]:
+        """Return the fields that have an option of their own."""
+        found = {name: option_of(field) for name, field in cls.model_fields.items()}
+        return {
+            name: how for name, how in found.items() if not how.hidden and name not in cls.hides
+        }
+
+    @classmethod
+    def renamed(cls, name: str, value: object) -> str | None:
+        """Return what to write in place of an earlier option, or None if there was none."""
+        if name in cls.gone:
+            return f"{option_name(name)} went: {cls.gone[name].format(value=value)}"
+        if name in cls.model_fields and name not in cls.shown():
+            return f"{option_name(name)} is a setting now: write --set {name}={value}"
+        return None
+
+    @classmethod
+    def from_texts(cls, texts: Sequence[str]) -> dict[str, Any]:
+        """Return the fields of ``KEY=VALUE`` texts; UserError if one is malformed or unknown."""
+        found: dict[str, Any] = {}
+        for text in texts:
+            key, sign, value = text.partition("=")
+            name = key.strip().replace("-", "_")
+            if not sign:
+                raise UserError(f"--set {text} has no value; write KEY=VALUE")
+            if name not in cls.model_fields:
+                raise UserError(cls.unknown(f"--set {text}", name, value))
+            found[name] = value
+            field = cls.model_fields[name]
+            if not _reads_text(field):
+                try:
+                    found[name] = yaml.safe_load(value)
+                except yaml.YAMLError:
+                    raise UserError(f"--set {text}: {value} is not YAML; correct it") from None
+        return found
+
+    @classmethod
+    def unknown(cls, where: str, name: str, value: object) -> str:
+        """Say that a name is no setting, and which one is near or took its place."""
+        if name in cls.gone:
+            return f"{where}: {name} went: {cls.gone[name].format(value=value)}"
+        known = ", ".join(cls.model_fields)
+        hint = near(name, cls.model_fields).strip() or f"known are {known}"
+        return f"{where}: {name} is no setting; {hint}"
 
     @classmethod
     def replaced(cls, given: Mapping[str, Any], filed: Mapping[str, Any]) -> Collection[str]:
@@ -210,6 +258,22 @@ def option_of(field: FieldInfo) -> Option:
     return extra.get("option", Option()) if isinstance(extra, Mapping) else Option()  # type: ignore[return-value]
 
 
+def _reads_text(field: FieldInfo) -> bool:
+    """Whether a field takes text as it is: others take what YAML makes of it."""
+    kinds: list[Any] = [field.annotation]
+    found: list[Any] = [*field.metadata]
+    while kinds:
+        kind = kinds.pop()
+        if get_origin(kind) is Annotated:
+            found += kind.__metadata__
+            kinds.append(kind.__origin__)
+        elif get_origin(kind) in (Union, types.UnionType):
+            kinds += get_args(kind)
+        elif kind in (str, Path):
+            return True
+    return any(isinstance(one, BeforeValidator) for one in found)
+
+
 def option_name(name: str) -> str:
     """Return how the option of a field is written."""
     return "--" + name.rstrip("_").replace("_", "-")
@@ -247,10 +311,7 @@ def read_yaml(file: Path, what: str, kind: type[Settings]) -> dict[str, Any]:
         raise UserError(f"{what} holds no settings; write lines such as 'criterion: fisher'")
     unknown = [str(name) for name in data if name not in kind.model_fields]
     if unknown:
-        raise UserError(
-            f"{what}: {unknown[0]} is no setting; {near(unknown[0], kind.model_fields)}known are "
-            f"{', '.join(kind.model_fields)}"
-        )
+        raise UserError(kind.unknown(what, unknown[0], data.get(unknown[0])))
     assert isinstance(written, yaml.MappingNode)
     names = [str(key.value) for key, _ in written.value]
     for twice in (name for name in names if names.count(name) > 1):
@@ -281,10 +342,7 @@ def _problem(kind: type[Settings], error: ValidationError) -> str:
     name = str(first["loc"][0]) if first["loc"] else "settings"
     shown = option_name(name)
     if first["type"] == "extra_forbidden":
-        return (
-            f"{name} is no setting of {kind.__name__}; {near(name, kind.model_fields)}known are "
-            f"{', '.join(kind.model_fields)}"
-        )
+        return kind.unknown(kind.__name__, name, first["input"])
     if first["type"] == "missing":
         lacking = [str(one["loc"][0]) for one in (first, *more) if one["type"] == "missing"]
         return _missing({name: option_of(kind.model_fields[name]) for name in lacking})

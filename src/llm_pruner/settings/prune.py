@@ -85,13 +85,13 @@ class MethodSettings(CalibrationSettings):
 
     presets: ClassVar = presets_in("presets")
     default_preset: ClassVar = "balanced"
+    gone: ClassVar = {"recipe": "write --preset {value}"}
 
     preset: str | None = _how(
         None,
         "Settings that go together: paper, fast, balanced, best, or a YAML file; options given "
         "beside it win.",
         "NAME",
-        was="--recipe",
         reads=True,
     )
     structures: Names = _where(
@@ -104,6 +104,7 @@ class MethodSettings(CalibrationSettings):
         "local: the same share of each group; global: one ranking by importance per removed "
         "parameter.",
         "NAME",
+        hidden=True,
     )
     split: Annotated[
         Literal["auto", "equal"] | dict[str, float], written(parse_split, "auto", "equal")
@@ -112,17 +113,20 @@ class MethodSettings(CalibrationSettings):
         "Of the removed parameters by structure, such as heads=0.1,ffn=0.9; auto: found by trial "
         "removals where the criterion reads text; equal: the same share of each structure.",
         "SHARES",
+        hidden=True,
     )
     spread: float | None = _where(
         None,
         "With --scope global, let no layer lose more than this times the average share.",
         "FACTOR",
+        hidden=True,
     )
     layer_trials: bool | None = _where(
         None,
         "With --scope global, find by trials what each layer loses: each goes alone without a few "
         "shares of its units, and the damage is measured.",
         shown="in the preset best",
+        hidden=True,
     )
     uniform: bool = _where(
         False,
@@ -130,10 +134,16 @@ class MethodSettings(CalibrationSettings):
         "this package.",
     )
     protect_first: int | Literal["auto"] = _where(
-        "auto", "Layers to keep whole at the start; auto: a quarter, at most 4.", "N"
+        "auto",
+        "Layers to keep whole at the start; auto: a quarter, at most 4.",
+        "N",
+        hidden=True,
     )
     protect_last: int | Literal["auto"] = _where(
-        "auto", "Layers to keep whole at the end; auto: a fifth, at most 3.", "N"
+        "auto",
+        "Layers to keep whole at the end; auto: a fifth, at most 3.",
+        "N",
+        hidden=True,
     )
     layers: _Ranges | None = _where(
         None,
@@ -149,12 +159,18 @@ class MethodSettings(CalibrationSettings):
     )
     criterion: str = _importance("taylor", f"{', '.join(CRITERIA)}.", "NAME", known=CRITERIA)
     order: str = _importance("first", "Of taylor: first, second or mixed.", "NAME")
-    reduction: str = _importance("element", "Of taylor: element or vector.", "NAME")
+    reduction: str = _importance("element", "Of taylor: element or vector.", "NAME", hidden=True)
     aggregate: str = _importance(
-        "sum", "Over the members of a group: sum, prod, max or last.", "NAME"
+        "sum",
+        "Over the members of a group: sum, prod, max or last.",
+        "NAME",
+        hidden=True,
     )
     steps: Annotated[int, within(1, 1000, "{name}")] = _importance(
-        1, "Prune in steps, estimating anew before each.", "N"
+        1,
+        "Prune in steps, estimating anew before each.",
+        "N",
+        hidden=True,
     )
     compensation: str = _importance(
         "none",
@@ -168,6 +184,7 @@ class MethodSettings(CalibrationSettings):
         "same files and datasets, as far as they go.",
         "TIMES",
         shown="1; 3 for balanced and best",
+        hidden=True,
     )
     repair_minutes: Annotated[float, within(0, MOST_MINUTES)] = _importance(
         0.0,
@@ -233,7 +250,9 @@ class PruneSettings(MemorySettings, WriterSettings, PlanSettings):
         False, "Say what the run will take, seconds and peak memory by stage, and stop."
     )
     verify: bool = _output(
-        True, "Compare with the masked twin, and the saved folder with the model in memory."
+        True,
+        "Compare with the masked twin, and the saved folder with the model in memory.",
+        hidden=True,
     )
     out: Path = _output(..., "Folder to write; with --dry-run the plan file.", "DIR", short="-o")
 

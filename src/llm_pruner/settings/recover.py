@@ -80,13 +80,18 @@ class TrainingSettings(Settings):
         1e-3, "At its peak.", "RATE", shown="1e-3 for quick, 1e-4 for paper, less for weights"
     )
     warmup_steps: Annotated[int, _at_least(0), within(0, MOST)] = _training(
-        10, "Steps to reach it, at most a tenth of the run.", "N", shown="10; 100 for paper"
+        10,
+        "Steps to reach it, at most a tenth of the run.",
+        "N",
+        shown="10; 100 for paper",
+        hidden=True,
     )
     schedule: Literal["linear", "cosine"] = _training(
         "cosine",
         "How it falls to zero: linear or cosine.",
         "NAME",
         shown="cosine; linear for paper",
+        hidden=True,
     )
     batch_size: Annotated[int, _at_least(1), within(1, 2**20)] = _training(
         4, "Samples in a step.", "N", shown="4; 64 for paper"
@@ -96,18 +101,25 @@ class TrainingSettings(Settings):
         "Longest sample, and length of a packed row, in tokens.",
         "N",
         shown="512; 256 for paper",
+        hidden=True,
     )
-    weight_decay: Annotated[float, within(0, 10)] = _training(0.0, "Of AdamW.", "X")
+    weight_decay: Annotated[float, within(0, 10)] = _training(0.0, "Of AdamW.", "X", hidden=True)
     max_grad_norm: Annotated[float, within(0, MOST)] = _training(
-        1.0, "Gradients are scaled down to this norm; 0: they are not.", "X"
+        1.0,
+        "Gradients are scaled down to this norm; 0: they are not.",
+        "X",
+        hidden=True,
     )
     bf16: bool | None = _training(
         None,
         "Compute in bfloat16; weights keep their type.",
         shown="where the processor is faster at it",
+        hidden=True,
     )
     gradient_checkpointing: bool = _training(
-        False, "Compute activations twice instead of keeping them."
+        False,
+        "Compute activations twice instead of keeping them.",
+        hidden=True,
     )
     quantize: Literal["none", "int8", "nf4"] = _training(
         "none",
@@ -122,7 +134,9 @@ class TrainingSettings(Settings):
     kernels: Names = option(
         KERNELS, f"Faster arithmetic: {', '.join(KERNELS)}.", "NAME", hidden=True
     )
-    report_to: str = _training("none", f"{', '.join(_TRACKERS)}.", "NAME", known=tuple(_TRACKERS))
+    report_to: str = _training(
+        "none", f"{', '.join(_TRACKERS)}.", "NAME", known=tuple(_TRACKERS), hidden=True
+    )
     trainer: Sources = _training(
         (),
         "Any other argument of transformers' TrainingArguments, such as optim=adamw_8bit or "
@@ -133,20 +147,31 @@ class TrainingSettings(Settings):
     epochs: Annotated[float, _TRAINS, within(0, MOST)] = _budget(
         1, "Passes over the data.", "X", shown="1; 2 for paper"
     )
-    max_steps: _Count | None = _budget(None, "At most this many.", "N")
+    max_steps: _Count | None = _budget(None, "At most this many.", "N", hidden=True)
     max_minutes: Annotated[float, _TRAINS, within(0, MOST_MINUTES)] | None = _budget(
         None, "End training, evaluated, within this time; the run is planned to fit.", "X"
     )
-    evaluations: _Count = _budget(10, "Times the held-out examples are scored on the way.", "N")
-    patience: _Count = _budget(3, "Stop when so many scores brought no gain.", "N")
+    evaluations: _Count = _budget(
+        10, "Times the held-out examples are scored on the way.", "N", hidden=True
+    )
+    patience: _Count = _budget(3, "Stop when so many scores brought no gain.", "N", hidden=True)
     save_every: _Count | None = _budget(
-        None, "Steps between checkpoints.", "N", shown="at each score"
+        None,
+        "Steps between checkpoints.",
+        "N",
+        shown="at each score",
+        hidden=True,
     )
-    lora_r: Annotated[int, _at_least(1), within(1, 2**16)] = _adapter(8, "Rank.", "N")
+    lora_r: Annotated[int, _at_least(1), within(1, 2**16)] = _adapter(8, "Rank.", "N", hidden=True)
     lora_alpha: Annotated[float, _TRAINS, within(0, MOST)] = _adapter(
-        16.0, "Scale times rank.", "X"
+        16.0,
+        "Scale times rank.",
+        "X",
+        hidden=True,
     )
-    lora_dropout: _Dropout = _adapter(0.0, "Of what they read.", "SHARE", shown="0; 0.05 for paper")
+    lora_dropout: _Dropout = _adapter(
+        0.0, "Of what they read.", "SHARE", shown="0; 0.05 for paper", hidden=True
+    )
 
     def uses(self, kernel: str) -> bool:
         """Whether a part of training has its faster arithmetic."""
@@ -193,10 +218,14 @@ class DistillationSettings(Settings):
         0.9,
         "Of the teacher in the loss; the text has the rest. 0: it only writes for self.",
         "SHARE",
+        hidden=True,
     )
-    temperature: _Temperature = _teacher(1.0, "Of the teacher.", "T")
+    temperature: _Temperature = _teacher(1.0, "Of the teacher.", "T", hidden=True)
     teacher_top_k: Annotated[int, _at_least(1, "keeps nothing; use 1 or more")] = _teacher(
-        64, "Likeliest tokens that are kept.", "N"
+        64,
+        "Likeliest tokens that are kept.",
+        "N",
+        hidden=True,
     )
 
 
@@ -221,16 +250,21 @@ class DataSettings(Settings):
         None, "The same of the source self alone, for other stages of a run.", "N", hidden=True
     )
     held_out: _Judges | None = _data(
-        None, "Examples of each source to judge by.", "N", shown="one in 20, at most 256"
+        None,
+        "Examples of each source to judge by.",
+        "N",
+        shown="one in 20, at most 256",
+        hidden=True,
     )
     template: Literal["auto", "chat", "alpaca"] = _data(
         "auto",
         "How instructions are written: chat (the tokenizer's template), alpaca, or auto.",
         "NAME",
+        hidden=True,
     )
     mask_prompt: bool = _data(False, "Learn only what the assistant says.")
-    split: str | None = _data(None, "Split of a hub dataset.", "NAME")
-    text_field: str | None = _data(None, "Field that holds a plain text.", "NAME")
+    split: str | None = _data(None, "Split of a hub dataset.", "NAME", hidden=True)
+    text_field: str | None = _data(None, "Field that holds a plain text.", "NAME", hidden=True)
     kept: Path | None = option(
         None, "Folder that keeps the text of self, for other stages of a run.", hidden=True
     )
@@ -239,6 +273,7 @@ class DataSettings(Settings):
 class RecoverSettings(WriterSettings, DataSettings, TrainingSettings, DistillationSettings):
     """All that ``recover`` can be asked for."""
 
+    hides: ClassVar = frozenset({"push_to_hub"})
     panels: ClassVar = (_DATA, _TRAINING, _BUDGET, _TEACHER, _LORA, OUTPUT, LOADING)
 
     dtype: str = option(
@@ -252,9 +287,11 @@ class RecoverSettings(WriterSettings, DataSettings, TrainingSettings, Distillati
     resume: bool = _output(
         False, "Go on with a run that was interrupted, from its last checkpoint."
     )
-    restart: bool = _output(False, "Throw an interrupted run away.")
+    restart: bool = _output(False, "Throw an interrupted run away.", hidden=True)
     keep_adapter: bool = _output(
-        False, "Save the adapter too, in --out/adapter; it belongs to MODEL."
+        False,
+        "Save the adapter too, in --out/adapter; it belongs to MODEL.",
+        hidden=True,
     )
     perplexity: Sources = _output(
         (),
@@ -263,7 +300,11 @@ class RecoverSettings(WriterSettings, DataSettings, TrainingSettings, Distillati
         reads=True,
     )
     perplexity_seq_len: Annotated[int, within(2, 2**24)] | None = _output(
-        None, "Tokens in a window of it.", "N", shown="2048 or the model's maximum"
+        None,
+        "Tokens in a window of it.",
+        "N",
+        shown="2048 or the model's maximum",
+        hidden=True,
     )
     control: str | None = _output(
         None,
@@ -279,6 +320,7 @@ class RecoverSettings(WriterSettings, DataSettings, TrainingSettings, Distillati
         "DIR",
         shown="only for this run",
         reads=True,
+        hidden=True,
     )
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from llm_pruner.settings.common import CALIBRATION, LOADING, Sources, WriterSettings
 from llm_pruner.settings.limits import must
@@ -18,6 +18,8 @@ _Some = Annotated[
 
 class VocabSettings(WriterSettings):
     """All that ``vocab`` can be asked for."""
+
+    hides: ClassVar = frozenset({"push_to_hub", "dtype"})
 
     text: Sources = _text(
         ...,
@@ -37,6 +39,6 @@ class VocabSettings(WriterSettings):
         "TYPE",
         panel=LOADING,
     )
-    documents: _Some = _text(20_000, "Read at most this many of a hub dataset.", "N")
-    text_split: str | None = _text(None, "Split of a hub dataset.", "NAME")
-    text_field: str | None = _text(None, "Field that holds the text.", "NAME")
+    documents: _Some = _text(20_000, "Read at most this many of a hub dataset.", "N", hidden=True)
+    text_split: str | None = _text(None, "Split of a hub dataset.", "NAME", hidden=True)
+    text_field: str | None = _text(None, "Field that holds the text.", "NAME", hidden=True)
