@@ -57,9 +57,9 @@ class GroupedCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse as usual; raise UserError for an earlier option, with what to write now."""
         known = {flag for param in self.params for flag in (*param.opts, *param.secondary_opts)}
-        for at, word in enumerate(args if self.kind else ()):
+        for at, word in enumerate(args):
             flag, sign, value = word.partition("=")
-            if flag.startswith("--") and flag not in known:
+            if self.kind and flag.startswith("--") and flag not in known:
                 now = _instead(self.kind, flag, value if sign else "".join(args[at + 1 : at + 2]))
                 if now is not None:
                     raise UserError(now)
