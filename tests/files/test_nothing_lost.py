@@ -39,7 +39,7 @@ from llm_pruner.files.outputs import (
     not_ours,
     write_output,
 )
-from llm_pruner.models.stored import check_file_states, file_states
+from llm_pruner.models.checkpoint_files import check_file_states, file_states
 from llm_pruner.report.data import report_in
 from llm_pruner.runtime.processes import new_python
 from llm_pruner.runtime.signals import ended_alike

@@ -58,16 +58,14 @@ from llm_pruner.files.outputs import (
     rewrite,
     write_output,
 )
-from llm_pruner.hook import has_recipe
-from llm_pruner.models.forward import embedding_rows, maximum_length
-from llm_pruner.models.load import check, load, load_tokenizer
-from llm_pruner.models.stored import (
-    check_file_states,
-    file_states,
+from llm_pruner.models.checkpoint_files import (
     stored_at,
     stored_size,
     weight_names,
 )
+from llm_pruner.models.forward import embedding_rows, maximum_length
+from llm_pruner.models.layers import has_recipe
+from llm_pruner.models.load import check, load, load_tokenizer
 from llm_pruner.recovery import Progress
 from llm_pruner.recovery.checkpoint import last_checkpoint
 from llm_pruner.report.data import Report, Source, Variant, known_report
@@ -160,7 +158,6 @@ def compress(
     with opened(work, facts, restart=restart) as run:
         if run.continued:
             going_on(work)
-        stored = file_states(settings.model)
         stages = _Stages(settings, run, command, tell, say, first, facts)
         try:
             done = run.once(_RESULT, Compressed, stages.all, "report")
@@ -168,7 +165,6 @@ def compress(
             if not any(run.path(name).exists() for name in _TAKES_LONG):
                 run.remove()  # nothing was done that is worth going on with
             raise
-        check_file_states(stored)
         tell("moving the result into place")
         folder = run.path(last_stage(done.measured, done.recovery))
         move_result(folder, out, settings.overwrite, settings.reads)

@@ -34,6 +34,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -71,12 +72,12 @@ from llm_pruner.importance import Criterion, score
 from llm_pruner.importance.boundary_pass import ACTIVATIONS, TOKENS, as_in
 from llm_pruner.models.activation_store import ActivationStore, HiddenStates
 from llm_pruner.models.blockwise import NotBlockwise, find_chain
+from llm_pruner.models.checkpoint_files import stored_at, stored_size
 from llm_pruner.models.forward import Decoder, embedding_rows, is_on_meta, make_room_, tensor_bytes
-from llm_pruner.models.layers import heaviest_list, own_copy, sharing_copy, without_layers
-from llm_pruner.models.load import check_memory, load, without_values
-from llm_pruner.models.lockstep import runs_in_step
-from llm_pruner.models.stored import stored_at, stored_size
+from llm_pruner.models.layers import heaviest_list, sharing_copy, without_layers
+from llm_pruner.models.load import load, without_values
 from llm_pruner.models.streaming import stream_
+from llm_pruner.models.synchronized_runs import runs_in_step
 from llm_pruner.recovery.repair import TRAINED_BYTES
 from llm_pruner.runtime.memory import free_bytes, give_back
 from llm_pruner.runtime.precision import fast_matmul, mixed_precision
@@ -147,8 +148,6 @@ def forecast(settings: PruneSettings) -> Forecast:
         raise UserError(
             "--estimate measures the processor, and the run would be on a GPU; add --device cpu"
         )
-    if not run.weightless:
-        check_memory(settings.computing(), settings.memory)
     before = began - psutil.Process().create_time()
     return _Forecaster(run, before, began).made()
 
@@ -398,7 +397,7 @@ class _Forecaster:
         no other type is named."""
         short: Any = without_layers(self.model, self.path, range(blocks, self._count()))
         if not is_on_meta(self.model):
-            return own_copy(short)  # sizes that no config says: it has its weights
+            return deepcopy(short)  # sizes that no config says: it has its weights
         text = short.config.get_text_config()
         if vocabulary is not None:
             text.vocab_size = vocabulary

@@ -17,7 +17,7 @@ from torch import nn
 
 from llm_pruner import planning
 from llm_pruner.checkpoints import SavedCheckpoint, save_checkpoint
-from llm_pruner.checkpoints.save import check_layers_left, check_saved_by_shard, keep_type_, round_
+from llm_pruner.checkpoints.save import check_saved_by_shard, keep_type_, round_
 from llm_pruner.commands import prune_start as start
 from llm_pruner.commands.inspect import tokens_go_first
 from llm_pruner.commands.publish import check_push
@@ -39,10 +39,10 @@ from llm_pruner.files.outputs import check_shard_size, write_output
 from llm_pruner.importance import score
 from llm_pruner.models.activation_store import HiddenStates
 from llm_pruner.models.blockwise import NotBlockwise, find_chain
+from llm_pruner.models.checkpoint_files import stored_size
 from llm_pruner.models.forward import embedding_rows, is_on_meta, undisturbed
 from llm_pruner.models.layers import sharing_copy
-from llm_pruner.models.load import LoadedModel, check_memory, exceeds, load
-from llm_pruner.models.stored import stored_size
+from llm_pruner.models.load import LoadedModel, exceeds, load
 from llm_pruner.models.streaming import is_model_streamed
 from llm_pruner.planning.rounding import rounded_for
 from llm_pruner.report import facts
@@ -191,7 +191,6 @@ class PruneRun:
                 self.replay(self.plan)
             self.repair()
             result = self.result()
-            self.loaded.check_stored()
             if self.saves:
                 return self.save(result)
         except BaseException:
@@ -299,8 +298,6 @@ class PruneRun:
             self.room //= sharing(self.device)
         self.resident = self.room if loaded else self.stays(self.room)
         loading = self.settings.computing().but(device=self.device)
-        if loaded is None and not self.weightless:
-            check_memory(loading, self.settings.memory)
         self.loaded = loaded or load(
             loading,
             weights=not self.weightless,
@@ -599,8 +596,6 @@ class PruneRun:
                 read.
         """
         self.surgeon.cut(discovery, removal)
-        if last and self.saves and (self.refits or self.repairs):
-            check_layers_left(self.network, self.surgeon.edits, self.dense_config)
         if self.refitter is None or self.text is None:
             return
         if last:

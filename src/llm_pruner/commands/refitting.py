@@ -11,11 +11,10 @@ from llm_pruner.compensation import Refitted, refit_
 from llm_pruner.compensation.refit import KINDS
 from llm_pruner.data.calibration import Calibration, further_text
 from llm_pruner.models.activation_store import HiddenStates
-from llm_pruner.models.blockwise import know_copy
-from llm_pruner.models.consumers import consumers_of, linear_modules
 from llm_pruner.models.layers import sharing_copy
+from llm_pruner.models.linear_modules import consumers_of, linear_modules
 from llm_pruner.models.load import LoadedModel
-from llm_pruner.models.stored_weight import FILES
+from llm_pruner.models.mapped_weights import FILES
 from llm_pruner.models.streaming import is_model_streamed, new_weights_in
 from llm_pruner.runtime.memory import give_back
 from llm_pruner.runtime.precision import mixed_precision
@@ -65,7 +64,6 @@ class Refitter:
         self, loaded: LoadedModel, discovery: Discovery, surgeon: Surgeon, saved: torch.dtype
     ) -> None:
         self._model, self._dense = loaded.model, sharing_copy(loaded.model)
-        know_copy(self._model, self._dense)
         self._discovery, self._surgeon, self._saved = discovery, surgeon, saved
         self.done: list[Refitted] = []
 
