@@ -15,7 +15,6 @@ from typer.core import TyperCommand
 
 from llm_pruner.cli.output import check_json
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import expanded
 from llm_pruner.settings.common import once
 from llm_pruner.settings.options import Option, Settings, kinds_of, option_name, option_of
 
@@ -23,27 +22,15 @@ _S = TypeVar("_S", bound=Settings)
 _PLAIN = (bool, int, float, Path)
 """Types that the command line reads itself; all else comes as text, which the settings read."""
 
-_STDOUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
-"""Names that systems have for standard output; they mean it, too."""
-
-
-def _json() -> Any:
-    return typer.Option(
+Json = Annotated[
+    str | None,
+    typer.Option(
         "--json",
         metavar="FILE",
         help="Write the results for scripts; - for stdout.",
         show_default=False,
-        callback=_file_of_json,
-    )
-
-
-def _file_of_json(file: str | None) -> str | None:
-    if file in _STDOUT:
-        return "-"
-    return str(expanded(file)) if file and file[0] == "~" else file
-
-
-Json = Annotated[str | None, _json()]
+    ),
+]
 """The option that every command has."""
 
 
@@ -106,9 +93,7 @@ def add(
             return
         given = {field: value for field, value in values.items() if value not in (None, [])}
         settings = kind.read({**given, **kind.from_texts(texts)}, config)
-        out = None if getattr(settings, "dry_run", False) else getattr(settings, "out", None)
-        reads = [config, *settings.reads, None if out else getattr(settings, "out", None)]
-        check_json(json, reads, out or getattr(settings, "report", None))
+        check_json(json, getattr(settings, "out", getattr(settings, "report", None)))
         run(settings, json)
 
     command.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
@@ -181,7 +166,7 @@ def _parameters(kind: type[Settings]) -> list[tuple[str, Any]]:
     return [
         *parameters,
         ("config", Annotated[Path | None, config]),
-        ("json", Annotated[str | None, _json()]),
+        ("json", Json),
         ("set", Annotated[list[str] | None, texts]),
     ]
 

@@ -26,7 +26,6 @@ from llm_pruner.cli.output import (
     warn,
 )
 from llm_pruner.cli.recover import Narrator, show_control
-from llm_pruner.files.disk import expanded
 from llm_pruner.report.text import clean, count, measured, megabytes
 from llm_pruner.runtime.memory import BOTH, keep_kernels
 from llm_pruner.settings.compress import CompressSettings
@@ -103,7 +102,7 @@ def demo(
 
     An interrupted demo goes on when it is started again.
     """
-    check_json(json, out=expanded(out))
+    check_json(json, out)
     # The folder that the demo chooses by itself, it may replace by itself: but only a checkpoint
     # that was pruned, nothing else that a user may have called by this name.
     earlier = out == _DEMO and (out / "plan.json").is_file()
