@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,20 +15,13 @@ from tokenizers.processors import TemplateProcessing
 
 import llm_pruner as lp
 import llm_pruner.recovery as recovery
-from command import PLAIN, Result, done, interrupt, refused, run, save_tiny
+from command import Result, done, refused, run, save_tiny
 from helpers import tiny_model, tiny_tokenizer
-from llm_pruner.commands import curve as curves
-from llm_pruner.commands import prune as pruning
 from llm_pruner.commands.curve import CurveRun, smallest_for
 from llm_pruner.commands.prune import PruneRun
-from llm_pruner.commands.workdir import MEASURING, opened
-from llm_pruner.errors import UserError
 from llm_pruner.evaluation.divergence import Divergence
 from llm_pruner.evaluation.perplexity import PerplexityResult
-from llm_pruner.planning import read_plan
 from llm_pruner.report.records import CurvePoint, Smallest
-from llm_pruner.search.fast_widths import Rounding
-from llm_pruner.search.layer_trials import Damage, measure_layers
 from llm_pruner.settings.curve import CurveSettings
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("here")]
@@ -137,12 +129,6 @@ def test_a_plan_can_be_replayed(made: tuple[dict[str, Any], Result]) -> None:
     assert json.loads(told.out)["parameters_after"] == data["points"][1]["parameters"]
 
 
-def test_later_steps_are_estimated_anew() -> None:
-    how = ("--preset", "paper", *TEXT, "--steps", 2, "--protect-first", 0, "--protect-last", 0)
-    done("curve", "dense", "--out", "steps", *how, "--ratios", "0.1,0.2")
-    assert Path("steps/plan-0.2.json").read_bytes() == dry_run(0.2, *how)
-
-
 def test_an_interrupted_run_goes_on(
     made: tuple[dict[str, Any], Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,14 +149,9 @@ def test_an_interrupted_run_goes_on(
     assert not Path("late").exists()
     assert run(*command[:-1], 240).err.startswith("llm-pruner: late.measuring holds an interrupted")
 
-    def known(*_: object, **__: object) -> None:
-        raise AssertionError("text and estimate are there")
-
     monkeypatch.setattr(
         CurveRun, "point", lambda self, ratio: asked.append(-ratio) or point(self, ratio)
     )
-    monkeypatch.setattr(pruning, "score", known)
-    monkeypatch.setattr(curves, "read_calibration", known)
     result = done(*command)
     assert result.err == "llm-pruner: going on with the run in late.measuring\n"
     assert asked == [0.1, 0.3, -0.3]
@@ -196,111 +177,6 @@ def test_a_model_read_block_by_block_has_the_same_points(
         assert found["divergence"]["kl"] == pytest.approx(known["divergence"]["kl"], rel=1e-3)
 
 
-def test_a_text_that_changed_is_other_text(tmp_path: Path) -> None:
-    calibration, text = (tmp_path / name for name in ("calibration.txt", "text.txt"))
-    for one in (calibration, text):
-        one.write_text("before")
-    settings = CurveSettings(
-        model="dense", out=Path("late"), calibration=f"self:0.5,{calibration}:0.5", text=str(text)
-    )
-    work = tmp_path / "late.measuring"
-    with opened(work, curves.about(settings), restart=False, kind=MEASURING):
-        pass
-    for one in (calibration, text):
-        with opened(work, curves.about(settings), restart=False, kind=MEASURING) as run_:
-            assert run_.continued
-        one.write_text("after")
-        said = f"late.measuring holds an interrupted run with content of {one}="
-        with (
-            pytest.raises(UserError, match=re.escape(said) + ".*; give the same files to go on"),
-            opened(work, curves.about(settings), restart=False, kind=MEASURING),
-        ):
-            pass
-        one.write_text("before")
-
-
-def test_a_type_that_is_given_is_another_run() -> None:
-    asked = {"model": "dense", "out": Path("late"), "calibration": "text.txt"}
-    runs = [{}, {"dtype": "float32"}, {"dtype": "auto"}]
-    types = [curves.about(CurveSettings(**asked, **given))["dtype"] for given in runs]
-    assert types == ["auto", "float32", "auto"]
-
-
-def test_a_multiple_that_was_timed_holds_after_an_interruption(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    how = ("--preset", PLAIN, "--criterion", "fisher", "--structures", "ffn", *TEXT)
-    command = ("curve", "dense", "--out", "timed", *how, "--round-to", "auto", *SHORT)
-    multiples = iter((8,))  # once, for all points
-    timed = lambda *_: Rounding(next(multiples), {})  # noqa: E731
-    monkeypatch.setattr(pruning, "measured_rounding", timed)
-    with monkeypatch.context() as patch:
-        interrupt(patch, CurveRun, "point", 2)
-        assert run(*command).code == 130
-    done(*command)
-    plans = [read_plan(f"timed/plan-{ratio}.json").settings for ratio in (0.1, 0.3)]
-    assert [settings["round_to"] for settings in plans] == [8, 8]
-
-
-def test_all_points_are_repaired_or_none_after_an_interruption(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "repairing.yaml").write_text("structures: [ffn]\nrepair_minutes: 0.01\n")
-    how = ("--preset", tmp_path / "repairing.yaml", "--criterion", "l2", "--split", "equal")
-    command = ("curve", "dense", "--out", "alike", *how, *TEXT, *SHORT)
-    blocks = ("--memory", "100KB")
-    point, repaired = CurveRun.point, []
-
-    def interrupted(self: CurveRun, ratio: float) -> Any:
-        if ratio == 0.3:
-            raise KeyboardInterrupt
-        return point(self, ratio)
-
-    def repair_(*_: Any, **__: Any) -> None:
-        repaired.append(True)
-        raise UserError("it is only counted")
-
-    monkeypatch.setattr(recovery, "repair_", repair_)
-    with monkeypatch.context() as patch:
-        patch.setattr(CurveRun, "point", interrupted)
-        assert run(*command).code == 130
-    assert len(repaired) == 1
-    result = run(*command, *blocks)
-    assert result.code == 2
-    said = "alike.measuring holds an interrupted run that repairs each point, and weights that are "
-    assert result.err.splitlines()[-1].startswith(f"llm-pruner: {said}read block by block")
-    done(*command)
-    assert len(repaired) == 2
-    with monkeypatch.context() as patch:
-        patch.setattr(CurveRun, "point", interrupted)
-        assert run(*command, "--overwrite", *blocks).code == 130
-    assert caplog.text.count("no repair, which trains weights that are held in memory") == 1
-    done(*command, "--overwrite")
-    assert len(repaired) == 2
-
-
-def test_what_each_layer_does_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    how = (*HOW, "--structures", "ffn", "--layer-trials")
-    command = ("curve", "dense", "--out", "tried", *how, *SHORT)
-    new: list[int] = []
-
-    def counted(*args: Any) -> dict[str, Damage]:
-        found = measure_layers(*args)
-        new.append(len(found) - len(args[-1]))
-        return found
-
-    monkeypatch.setattr(pruning, "measure_layers", counted)
-    with monkeypatch.context() as patch:
-        interrupt(patch, CurveRun, "point", 2)
-        assert run(*command).code == 130
-    done(*command)
-    assert [count > 0 for count in new] == [True, False]
-    for ratio in (0.1, 0.3):
-        plan = Path(f"tried/plan-{ratio}.json")
-        assert plan.read_bytes() == dry_run(ratio, *how)
-        assert read_plan(plan).settings["layer_trials"] is True
-
-
 def test_sizes_that_cannot_be_reached() -> None:
     """Those that were asked for by name are refused, others left out."""
     how = ("--structures", "ffn", "--layers", "ffn=1-1", "--criterion", "l2", *HOW)
@@ -323,14 +199,6 @@ def test_sizes_are_measured_in_their_order() -> None:
     assert CurveSettings(**asked, ratios=[0.5, 0.1, 0.5]).ratios == (0.1, 0.5)
 
 
-@pytest.mark.parametrize("name", ["./text.txt", "link.txt"])
-def test_the_calibration_text_by_another_path_is_refused(name: str) -> None:
-    if not Path("link.txt").is_symlink():
-        Path("link.txt").symlink_to("text.txt")
-    said = refused("curve", "dense", "--out", "none", *HOW, "--text", name)
-    assert f"--text {name} is the calibration text" in said
-
-
 def test_a_text_that_is_too_short_is_refused_before_a_point(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -338,26 +206,6 @@ def test_a_text_that_is_too_short_is_refused_before_a_point(
     Path("short.txt").write_text("a few words")
     said = refused("curve", "dense", "--out", "none", *HOW, "--text", "short.txt")
     assert "the text is too short; use --measured-tokens 11 or less, or more text" in said
-
-
-def test_few_tokens_of_a_field_are_measured_on(tmp_path: Path) -> None:
-    rows = [{"said": "abc " * 200, "by": "me"}, {"said": "dcb " * 200, "by": "you"}]
-    text = tmp_path / "said.jsonl"
-    text.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    how = ("--text", text, "--text-field", "said", "--measured-tokens", 100, "--ratios", "0.1")
-    done("curve", "dense", "--out", tmp_path / "sizes", *HOW, *how)
-    data = json.loads((tmp_path / "sizes/curve.json").read_text())
-    found = data["points"][0]["measured"]
-    assert (found["window"], found["tokens"]) == (100, 198), "two windows, for a standard error"
-    assert found["divergence"]["kl_stderr"] is not None
-
-
-def test_a_field_that_nothing_has_is_refused(tmp_path: Path) -> None:
-    text = tmp_path / "said.jsonl"
-    text.write_text(json.dumps({"text": "abc " * 400}))
-    how = ("--preset", PLAIN, "--calibration", "self", "--text", text, "--text-field", "said")
-    said = refused("curve", "dense", "--out", tmp_path / "sizes", *how, within=tmp_path)
-    assert "said.jsonl has no field 'said'; its fields are text" in said
 
 
 def test_from_python(made: tuple[dict[str, Any], Result]) -> None:
@@ -370,23 +218,6 @@ def test_from_python(made: tuple[dict[str, Any], Result]) -> None:
     assert point.kl == pytest.approx(made[0]["points"][0]["measured"]["divergence"]["kl"])
     after = model.network.state_dict()
     assert all(torch.equal(after[name], one) for name, one in before.items())
-
-
-def test_the_dense_model_writes_the_text_of_a_repair(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    sizes, read = [], pruning.read_calibration
-
-    def counted(loaded: Any, *how: Any) -> Any:
-        sizes.append(sum(weight.numel() for weight in loaded.model.parameters()))
-        return read(loaded, *how)
-
-    monkeypatch.setattr(pruning, "read_calibration", counted)
-    words = ("--ratio", 0.2, "--preset", PLAIN, "--criterion", "l2", "--split", "equal")
-    words = (*words, "--repair-minutes", 0.01, "--samples", 4, "--seq-len", 16)
-    done("prune", "dense", "--out", "repaired", *words)
-    dense = lp.load("dense").network
-    assert sizes == [sum(weight.numel() for weight in dense.parameters())]
 
 
 def test_a_repair_does_not_see_what_is_measured_on(monkeypatch: pytest.MonkeyPatch) -> None:

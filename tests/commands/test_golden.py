@@ -66,10 +66,10 @@ compensation: least-squares
 """
 PRUNED: dict[str, tuple[object, ...]] = {
     "prune": ("--ratio", 0.2, *PLAIN, *TEXT),
-    "prune-paper": ("--ratio", 0.05, "--recipe", "paper", *TEXT[:2]),
-    "prune-balanced": ("--ratio", 0.2, "--recipe", "balanced", *TEXT),
-    "prune-best": ("--ratio", 0.2, "--recipe", "best", "--repair-minutes", 0, *TEXT),
-    "prune-fast": ("--ratio", 0.2, "--recipe", "fast", *TEXT),
+    "prune-paper": ("--ratio", 0.05, "--preset", "paper", *TEXT[:2]),
+    "prune-balanced": ("--ratio", 0.2, "--preset", "balanced", *TEXT),
+    "prune-best": ("--ratio", 0.2, "--preset", "best", "--repair-minutes", 0, *TEXT),
+    "prune-fast": ("--ratio", 0.2, "--preset", "fast", *TEXT),
     "prune-random-hidden": (
         *("--params", "130K", "--structures", "hidden,layers,ffn", "--criterion", "random", *PLAIN),
         *("--split", "hidden=0.3,layers=0.3,ffn=0.4", *ALL_LAYERS),
@@ -92,12 +92,12 @@ LONG = ("--calibration", "long.txt")
 MEASURED = ("--perplexity", "other.txt")
 COMPRESSED: dict[str, tuple[object, ...]] = {
     **{
-        f"compress-{name}": ("--ratio", 0.05, "--recipe", name, *LONG, *MEASURED, "--no-recover")
+        f"compress-{name}": ("--ratio", 0.05, "--preset", name, *LONG, *MEASURED, "--no-recover")
         for name in MethodSettings.presets
     },
-    "compress": ("--ratio", 0.2, "--recipe", "tiny.yaml", *TEXT[:2], *MEASURED, "--no-recover"),
+    "compress": ("--ratio", 0.2, "--preset", "tiny.yaml", *TEXT[:2], *MEASURED, "--no-recover"),
     "compress-recover": (
-        *("--params", "140K", "--recipe", "tiny.yaml", *TEXT[:2], *MEASURED),
+        *("--params", "140K", "--preset", "tiny.yaml", *TEXT[:2], *MEASURED),
         *("--data", "text.txt"),
     ),
 }
@@ -114,6 +114,7 @@ PASSING = {
     "versions",
     "path",
     "report",
+    "servers",
     "bytes",
     "peak_bytes",
     "package_version",

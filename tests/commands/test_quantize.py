@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 import llm_pruner.commands.compress as stages
 from command import figures, measured_here, run, save_tiny, write_text
-from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.checkpoints import packed
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import model_size
@@ -113,39 +112,6 @@ def test_packed_weights_are_run_and_never_pruned(
         check(ModelSettings(model=str(folder)), packed=True)
 
 
-def test_models_with_code_of_their_own_are_refused(
-    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = shutil.copytree("dense", tmp_path / "own")
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"auto_map": {"AutoConfig": "own.OwnConfig"}, "model_type": "own"}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "own.py").write_text(
-        "from transformers import LlamaConfig\n"
-        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
-    )
-    monkeypatch.setattr(settings, "check_installed", lambda *_, **__: None)
-    result = run("compress", folder, "--out", "x", *COMPRESS, "--trust-remote-code")
-    assert (result.code, result.err) == (
-        2,
-        "llm-pruner: --quantize int8 is for models whose code is in transformers, and "
-        f"{folder} has its own; leave --quantize out\n",
-    )
-
-
-def test_models_without_linear_layers_are_refused_before_work(
-    work: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny_model("gpt2").save_pretrained("convolutions")
-    tiny_tokenizer().save_pretrained("convolutions")
-    monkeypatch.setattr(settings, "check_installed", lambda *_, **__: None)
-    result = run("compress", "convolutions", "--out", "x", *COMPRESS)
-    assert result.err == (
-        "llm-pruner: convolutions has no linear layers that torchao packs; leave --quantize out\n"
-    )
-    assert not Path("x.compressing").exists()
-
-
 def test_a_model_that_is_not_packed_is_the_result(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,22 +126,6 @@ def test_a_model_that_is_not_packed_is_the_result(
     assert "weights were not packed, so they are as they were: pruned is saved as" in result.err
     assert read_report(Path("unpacked/report.json")).final == "pruned"
     assert load_model("unpacked").model is not None
-
-
-def test_a_recipe_is_not_packed(tmp_path: Path) -> None:
-    config = {"quantization_config": {"quant_method": "llm_pruner"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="is saved as a recipe, which llm-pruner alone reads"):
-        packed.save_packed(tmp_path, tmp_path / "out", max_shard_size="5GB")
-
-
-def test_too_old_a_torchao(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "find_spec", lambda _: True)
-    monkeypatch.setattr(limits, "version", lambda _: "0.15.1")
-    assert run("compress", "dense", "--out", "x", *COMPRESS).err == (
-        "llm-pruner: --quantize int8 needs torchao 0.16 or newer, and 0.15.1 is installed; run "
-        "'pip install -U torchao', or leave --quantize out\n"
-    )
 
 
 @needs_torchao
@@ -202,19 +152,6 @@ def test_packed_folders_load(work: Path, tmp_path: Path, sizes: str) -> None:
     assert left <= {file.name for file in out.iterdir()}
     with pytest.raises(UserError, match="can only be run"):
         load_model(str(out))
-
-
-@needs_torchao
-def test_bench_counts_what_packed_weights_take(work: Path, tmp_path: Path) -> None:
-    packed.save_packed(work / "dense", tmp_path / "int8", max_shard_size="5GB")
-    quick = ("--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1)
-    result = run("bench", tmp_path / "int8", "--against", "dense", *quick, "--json", "-")
-    assert result.code == 0, result.err
-    said = json.loads(result.out)
-    for name in ("bytes_in_memory", "bytes_on_disk"):
-        assert said["model"][name] < 0.6 * said["against"][name], name
-    for name in ("parameters", "macs", "macs_per_token"):
-        assert said["model"][name] == said["against"][name], name
 
 
 @needs_torchao

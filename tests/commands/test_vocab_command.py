@@ -9,23 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from tokenizers import decoders
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    MllamaConfig,
     PreTrainedConfig,
 )
 
 from command import done, refused, write_text
-from helpers import LLAMA, tiny_model
-from llm_pruner.commands import vocab as command
-from llm_pruner.data import vocabulary
+from helpers import tiny_model
 from llm_pruner.data.sequences import bare_ids
-from llm_pruner.files import outputs
 from llm_pruner.models.load import load_model
 from llm_pruner.surgery.vocabulary import cut_vocabulary_, named_tokens, with_tokens_of
 from trained_tokenizers import byte_level, with_bytes
@@ -129,21 +124,6 @@ def test_tokens_are_known_by_all_names_of_settings() -> None:
     assert found.qformer_config.pad_token_id == 8
 
 
-@pytest.mark.parametrize(
-    ("biases", "after"),
-    [
-        ([[[30, 40], -1.0], [[50], 30]], [[[2, 3], -1.0], [[4], 30]]),
-        ({(30, 40): -1.0, (50,): 30}, {(2, 3): -1.0, (4,): 30}),
-    ],
-)
-def test_tokens_that_writing_prefers_have_their_new_numbers(biases: Any, after: Any) -> None:
-    model: Any = tiny_model("llama")
-    model.generation_config.sequence_bias = biases
-    assert named_tokens(model) == {1, 2, 30, 40, 50}
-    cut_vocabulary_(model, np.array([1, 2, 30, 40, 50]))
-    assert model.generation_config.sequence_bias == after
-
-
 TURNS = "{% for m in messages %}<s>{{ m.role }}, the soup: {{ m.content }}</s>{% endfor %}"
 PICKY = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TURNS
 
@@ -161,30 +141,6 @@ def test_the_words_of_the_chat_template_stay(tmp_path: Path, template: str) -> N
     said = "user, the soup: 1"
     same = kept[bare_ids(smaller, said)].tolist() == bare_ids(tokenizer, said)
     assert same == (template in (TURNS, PICKY))
-
-
-def test_texts_have_their_own_fields(work: Path) -> None:
-    dense, text = save(work / "dense"), write_text(work / "t.txt", 4000).read_text()
-    (work / "a.jsonl").write_text(json.dumps({"text": text, "more": "b"}))
-    (work / "b.jsonl").write_text(json.dumps({"body": text, "more": "b"}))
-    both = ("--text", work / "a.jsonl", "--text", work / "b.jsonl", "--text-field")
-    done("vocab", dense, *both, "body", "--out", "small")
-    said = refused("vocab", dense, *both, "bdoy", "--out", "other")
-    assert "a.jsonl has no field 'bdoy'; its fields are text, more" in said
-
-
-def test_it_is_pruned_and_measured_like_any_other(tmp_path: Path) -> None:
-    dense, text = save(tmp_path / "dense"), write_text(tmp_path / "t.txt", 6000)
-    out, small = tmp_path / "small", tmp_path / "pruned"
-    said = done("vocab", dense, "--text", text, "--size", "400", "--out", out).out
-    assert "704 -> " in said
-    assert "bits per byte" in said
-    done("prune", out, "--ratio", "0.1", "--calibration", text, "--samples", "15", "--out", small)
-    # A pruned folder loses tokens as well, and keeps its plan.
-    again = tmp_path / "again"
-    done("vocab", small, "--text", text, "--size", "300", "--out", again)
-    assert (again / "plan.json").read_bytes() == (small / "plan.json").read_bytes()
-    done("evaluate", again, "--perplexity", text, "--seq-len", "32")
 
 
 def test_the_dense_model_is_compared_and_teaches_by_the_tokens_that_stay(tmp_path: Path) -> None:
@@ -220,15 +176,6 @@ def test_a_teacher_with_other_tokens_is_another(tmp_path: Path) -> None:
     assert len(found) == 3
 
 
-def test_the_dense_model_is_compared_where_rows_without_a_token_alone_went(tmp_path: Path) -> None:
-    dense, text = save(tmp_path / "dense"), write_text(tmp_path / "t.txt", 4000)
-    tokens = len(byte_level())
-    done("vocab", dense, "--text", text, "--size", tokens, "--out", tmp_path / "small")
-    found = with_tokens_of(load_model(str(dense)), load_model(str(tmp_path / "small")))
-    assert found.name == f"dense, {tokens} of its tokens"
-    assert found.model.get_input_embeddings().weight.shape[0] == tokens < 704
-
-
 @pytest.mark.parametrize("structures", ["ffn", "hidden,ffn"])
 def test_a_folder_with_code_loses_tokens_as_any_other(tmp_path: Path, structures: str) -> None:
     dense, text = save(tmp_path / "dense"), write_text(tmp_path / "t.txt", 4000)
@@ -253,18 +200,6 @@ def test_a_folder_with_code_loses_tokens_as_any_other(tmp_path: Path, structures
             model(ids).logits, wide(kept[ids]).logits[..., kept], atol=1e-6, rtol=1e-6
         )
     assert model.model.vocab_size == 400
-
-
-def test_settings_of_writing_stay_as_they_were_published(tmp_path: Path) -> None:
-    dense, text = save(tmp_path / "dense"), write_text(tmp_path / "t.txt", 4000)
-    file = dense / "generation_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.9, "top_p": 0.6}))
-    done("vocab", dense, "--text", text, "--out", tmp_path / "small")
-    found = json.loads((tmp_path / "small" / "generation_config.json").read_text())
-    kept = json.loads((tmp_path / "small" / "vocabulary.json").read_text())["kept"]
-    assert (found["temperature"], found["top_p"]) == (0.9, 0.6)
-    assert "do_sample" not in found
-    assert kept[found["pad_token_id"]] == 600
 
 
 def test_added_tokens_without_a_row_are_left_out(tmp_path: Path) -> None:
@@ -303,55 +238,11 @@ def test_a_tokenizer_that_does_not_decode_its_bytes_is_refused(work: Path) -> No
     assert not (work / "small").exists()
 
 
-@pytest.mark.parametrize("size", [12, 999_999])
-def test_a_size_that_cannot_be_is_refused_before_texts_are_read(
-    work: Path, size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dense, text = save(work / "dense"), write_text(work / "t.txt", 4000)
-    monkeypatch.delattr(command, "_texts")
-    said = refused("vocab", dense, "--text", text, "--out", "small", "--size", size)
-    assert f"{size} tokens cannot be: " in said
-    assert "and there are 700; give a number in between" in said
-
-
-def test_tables_of_different_lengths_are_refused(
-    work: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = write_text(work / "t.txt", 4000)
-    plain = {"rope_scaling": {"rope_type": "default", "rope_theta": 1e4}, "vocab_size": 704}
-    config: Any = MllamaConfig(
-        text_config=LLAMA | plain | {"cross_attention_layers": [], "pad_token_id": 0},
-        vision_config={"hidden_size": 16, "num_hidden_layers": 1, "num_global_layers": 1},
-        image_token_index=5,
-    )
-    config.save_pretrained(work / "dense")
-    byte_level().save_pretrained(work / "dense")
-    save_file({"none": torch.zeros(1)}, work / "dense" / "model.safetensors")
-    monkeypatch.delattr(command, "_texts")
-    said = refused("vocab", work / "dense", "--text", text, "--out", "small")
-    assert "the embedding of MllamaForCausalLM has 712 rows and lm_head has 704: " in said
-    save(work / "gemma", "gemma4_text", **PER_LAYER | {"vocab_size_per_layer_input": 700})
-    said = refused("vocab", work / "gemma", "--text", text, "--out", "small")
-    assert "has 704 rows and model.embed_tokens_per_layer has 700: " in said
-
-
 @pytest.mark.parametrize("characters", [1, 1500])
 def test_a_text_that_is_too_short_is_refused(work: Path, characters: int) -> None:
     dense, text = save(work / "dense"), write_text(work / "t.txt", characters)
     said = refused("vocab", dense, "--text", text, "--out", "small")
     assert f"leaves {characters // 10} characters to measure on" in said
-
-
-def test_a_disk_without_room_is_seen_before_tokens_are_counted(
-    work: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dense, text = save(work / "dense"), write_text(work / "t.txt", 4000)
-    monkeypatch.setattr(outputs, "free_bytes", lambda _: 100_000)
-    monkeypatch.delattr(vocabulary.Vocabulary, "count")
-    size = ("--size", 300, "--out", "small")
-    said = refused("vocab", dense, "--text", text, *size)
-    assert "small needs about 0.3 MB for weights, and the disk of" in said
-    assert "has 0.1 MB free; free some, or give another --out" in said
 
 
 @pytest.mark.parametrize(("tokens", "told"), [(99_999, False), (128_256, True)])
@@ -365,12 +256,3 @@ def test_inspect_says_what_the_vocabulary_takes(tmp_path: Path, tokens: int, tol
     said = " ".join(done("inspect", tmp_path).out.split())
     assert f"Embeddings of {tokens:,} tokens: " in said
     assert told == ("before you prune: llm-pruner vocab, or compress --vocab-text." in said)
-
-
-def test_prune_says_that_tokens_go_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tiny_model("llama", vocab_size=100_000).save_pretrained(tmp_path / "dense")
-    byte_level().save_pretrained(tmp_path / "dense")
-    cut = ("--criterion", "l2", "--compensation", "none", "--split", "equal", "--ratio", "0.002")
-    done("prune", tmp_path / "dense", *cut, "--dry-run", "--out", tmp_path / "plan")
-    assert "embeddings of 100,000 tokens are 9" in caplog.text
-    assert "llm-pruner vocab takes some out first" in caplog.text

@@ -1,19 +1,16 @@
-"""Nothing of a user's is lost on disk, and nothing of ours is left half."""
+"""Outputs appear whole or not at all, and nothing of a user's is lost on disk."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import io
 import json
 import os
 import resource
 import shutil
 import signal
-import stat
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,23 +20,22 @@ from typing import Any
 import pytest
 
 import llm_pruner.__main__ as entry
-import llm_pruner.commands.compress as compressing
 import llm_pruner.commands.evaluate as evaluating
 import llm_pruner.commands.prune as pruning
 import llm_pruner.commands.recover as recovering
 from command import contents, done, refused, run, save_tiny, write_text
-from llm_pruner.commands import workdir
-from llm_pruner.commands.workdir import RECOVERING, begun, opened, remove_run
+from llm_pruner.commands.workdir import COMPRESSING, RECOVERING, begun, move_result, opened
 from llm_pruner.errors import LLMPrunerError, UserError
-from llm_pruner.files.disk import allocate, discard, new_file, new_folder, placed, put
+from llm_pruner.files.disk import allocate, new_folder, put
 from llm_pruner.files.outputs import (
     MANIFEST,
     atomic_directory,
+    check_file,
     check_output,
     not_ours,
     write_output,
 )
-from llm_pruner.models.checkpoint_files import check_file_states, file_states
+from llm_pruner.models.stored import check_file_states, file_states
 from llm_pruner.report.data import report_in
 from llm_pruner.runtime.processes import new_python
 from llm_pruner.runtime.signals import ended_alike
@@ -78,78 +74,96 @@ def written(out: Path, **files: str) -> Path:
     return out
 
 
-# What --overwrite replaces.
+# Whole or absent.
+
+
+def test_a_folder_appears_at_the_end(tmp_path: Path) -> None:
+    tmp_path.chmod(0o2775)
+    out = tmp_path / "a/b/out"
+    with atomic_directory(out, overwrite=False) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner/file").write_text("x")
+        assert not out.exists()
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert (out / "inner/file").read_text() == "x"
+    assert out.stat().st_mode & 0o2055 == 0o2055  # not private, and of the group of its parent
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_failure_changes_nothing(
+    tmp_path: Path, kind: type[BaseException], overwrite: bool
+) -> None:
+    out = tmp_path / "out"
+    if overwrite:
+        written(out, old="old")
+    before = contents(tmp_path)
+    with pytest.raises(kind), atomic_directory(out, overwrite):
+        raise kind
+    assert contents(tmp_path) == before
+
+
+def test_overwrite_replaces_the_whole_folder_at_the_end(tmp_path: Path) -> None:
+    out = written(tmp_path / "out", old="old")
+    with pytest.raises(UserError, match=r"out exists and is not empty.*--overwrite"):
+        check_output(out, False)
+    with atomic_directory(out, overwrite=True) as folder:
+        (folder / "new").write_text("new")
+        assert (out / "old").exists()
+    assert sorted(path.name for path in out.iterdir()) == [MANIFEST, "new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_text_is_written_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a/plan.json"
+    write_output(path, "ü\n")
+    write_output(path, "two\n")
+    with pytest.raises(UnicodeEncodeError):
+        write_output(path, "\ud800")
+    assert path.read_bytes() == b"two\n"
+    assert [file.name for file in path.parent.iterdir()] == ["plan.json"]
+
+
+# What is replaced.
 
 
 @pytest.mark.parametrize(
     ("out", "said"),
     [
-        ("zoo", "zoo holds zoo/dense, which is read by this command, so it is not replaced; "),
-        ("zoo/dense", "zoo/dense is read by this command, so it is not replaced; give another"),
-        ("zoo/dense/in", "zoo/dense/in lies in zoo/dense, which is read by this command, so "),
-        ("mine", "mine holds thesis.txt, which llm-pruner did not write, so it is not replaced; "),
+        ("zoo", "zoo is not replaced, since this command reads zoo/dense; give another --out"),
+        ("zoo/dense/in", "zoo/dense/in is not replaced, since this command reads zoo/dense; "),
         ("mixed", "mixed holds thesis.txt, which llm-pruner did not write, so it is not replaced"),
-        ("edited", "edited holds README.md, which was changed since llm-pruner wrote it, so it "),
-        ("linked", "linked holds README.md, which llm-pruner did not write, so it is not replaced"),
-        (".", ". is the current folder or holds it; name another folder"),
         ("..", ".. is the current folder or holds it; name another folder"),
-        ("home", "home is your home folder, which is not replaced; name another folder"),
         ("mounted", "mounted is a mount point and cannot be replaced; name a folder in it"),
-        ("nowhere", "nowhere is a link to something that is not there; choose another name"),
+        ("text.txt", "text.txt is a file, but the output is a folder; choose another name"),
+        ("text.txt/in", "text.txt/in cannot be made, since .*text.txt is not a folder that may be"),
     ],
 )
 def test_what_is_never_replaced(
-    work: Path, monkeypatch: pytest.MonkeyPatch, unloaded: None, out: str, said: str
+    work: Path, monkeypatch: pytest.MonkeyPatch, out: str, said: str
 ) -> None:
-    written(Path("zoo/dense/in"))
-    for name in ("mine", "home", "mounted"):
-        Path(name).mkdir()
-        Path(name, "thesis.txt").write_text("mine")
-    for name in ("mixed", "edited"):
-        shutil.copytree("small", name)
+    written(Path("zoo/dense/in"), file="x")
+    shutil.copytree("small", "mixed")
     Path("mixed/thesis.txt").write_text("mine")
-    with Path("edited/README.md").open("a") as card:
-        card.write("my own words")
-    shutil.copytree("small", "linked")
-    Path("linked/README.md").rename("card.md")
-    Path("linked/README.md").symlink_to(work / "card.md")
-    Path("nowhere").symlink_to("absent")
-    monkeypatch.setenv("HOME", str(work / "home"))
+    Path("mounted").mkdir()
     ismount = os.path.ismount
     monkeypatch.setattr(os.path, "ismount", lambda p: Path(p).name == "mounted" or ismount(p))
-    for command in (("prune", *QUICK), ("compress",), ("recover", "--data", "text.txt")):
-        assert refused(
-            command[0], "zoo/dense", "--out", out, "--overwrite", *command[1:]
-        ).startswith(said)
+    with pytest.raises(UserError, match=said):
+        check_output(Path(out), True, ["zoo/dense", "self", None])
 
 
-def test_whatever_is_read_is_never_replaced(work: Path, unloaded: None) -> None:
-    plan = Path("small/plan.json").read_text()
-    texts = {"text.txt": "text", "plan.json": plan, "preset.yaml": "samples: 8\n"}
-    written(Path("out"), **texts)
-    shutil.copytree("small", "teacher")
+def test_commands_say_what_they_read(work: Path, unloaded: None) -> None:
+    written(Path("out"), **{"text.txt": "text", "preset.yaml": "samples: 8\n"})
     out = ("--out", "out", "--overwrite")
     text = "out/text.txt"
-    for holds, command in (
+    for reads, command in (
         (text, ("prune", "zoo/dense", *out, *QUICK, "--calibration", f"{text},text.txt")),
-        ("out/plan.json", ("prune", "zoo/dense", *out, "--plan", "out/plan.json")),
-        (text, ("recover", "zoo/dense", *out, "--data", text)),
-        (text, ("recover", "zoo/dense", *out, "--data", "text.txt", "--perplexity", text)),
-        (text, ("compress", "zoo/dense", *out, "--data", text)),
-        (text, ("compress", "zoo/dense", *out, "--calibration", text)),
-        (text, ("compress", "zoo/dense", *out, "--perplexity", text)),
-        ("out/preset.yaml", ("compress", "zoo/dense", *out, "--preset", "out/preset.yaml")),
         ("out/preset.yaml", ("prune", "zoo/dense", *out, *QUICK, "--preset", "out/preset.yaml")),
+        (text, ("recover", "zoo/dense", *out, "--data", text)),
+        (text, ("compress", "zoo/dense", *out, "--perplexity", text)),
     ):
-        assert refused(*command) == (
-            f"out holds {holds}, which is read by this command, so it is not replaced; "
-            "give another --out"
-        )
-    teacher = ("--data", "text.txt", "--teacher", "teacher")
-    said = refused("recover", "zoo/dense", "--out", "teacher", "--overwrite", *teacher)
-    assert said.startswith("teacher is read by this command")
-    said = refused("tasks", "--tasks-data", "out", *out)
-    assert said.startswith("out is read by this command")
+        said = refused(*command)
+        assert said == f"out is not replaced, since this command reads {reads}; give another --out"
 
 
 def test_a_folder_of_ours_is_replaced_through_a_link(work: Path) -> None:
@@ -158,212 +172,57 @@ def test_a_folder_of_ours_is_replaced_through_a_link(work: Path) -> None:
     done("prune", "zoo/dense", "--out", "link", "--overwrite", *QUICK)
     assert Path("link").is_symlink()
     assert Path("small").stat().st_ino != inode
-    assert not_ours(Path("small")) is None
-
-
-def test_folders_of_earlier_versions_are_known(work: Path) -> None:
-    small = Path("small")
-    (small / MANIFEST).unlink()
-    check_output(small, overwrite=True)
-    (small / "thesis.md").write_text("mine")
-    with pytest.raises(UserError, match=r"holds thesis\.md, which llm-pruner did not write"):
-        check_output(small, overwrite=True)
-    (small / "thesis.md").unlink()
-    with (small / "README.md").open("a") as card:
-        card.write("my own words")
-    with pytest.raises(UserError, match=r"holds README\.md, which was changed"):
-        check_output(small, overwrite=True)
-    # A plan beside a dense model does not make it one of ours.
-    shutil.copy(small / "plan.json", "zoo/dense")
-    with pytest.raises(UserError, match=r"holds config\.json, which llm-pruner did not write"):
-        check_output(Path("zoo/dense"), overwrite=True)
-
-
-def test_what_was_measured_is_kept_though_nobody_reads_it(
-    work: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def closed(_: object) -> None:
-        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
-
-    monkeypatch.setattr("llm_pruner.cli.evaluate.show", closed)
-    kept = ("--report", "small", "--json", "found.json")
-    result = run("evaluate", "small", "--perplexity", "text.txt", "--seq-len", 64, *kept)
-    assert (result.code, result.err) == (1, "")
-    (found,) = json.loads(Path("found.json").read_text())["perplexity"]
-    assert (
-        found["perplexity"]
-        == report_in(Path("small")).evaluations["pruned"].perplexity[0].perplexity
-    )
-
-
-def test_what_is_added_to_a_folder_of_ours_is_ours(work: Path) -> None:
-    result = ("--json", "small/result.json")
-    done("inspect", "small", *result)
+    # What commands add later is ours, too.
+    done("inspect", "small", "--json", "small/result.json")
     done("evaluate", "small", "--perplexity", "text.txt", "--seq-len", 64, "--report", "small")
     assert not_ours(Path("small")) is None
-    Path("small/result.json").write_text("{}")
-    assert not_ours(Path("small")) == "result.json, which was changed since llm-pruner wrote it"
-
-
-def test_weights_that_were_changed_are_noticed(tmp_path: Path) -> None:
-    with atomic_directory(tmp_path / "out", overwrite=False) as folder:
-        (folder / "model.safetensors").write_bytes(bytes(2**25))
-    assert not_ours(tmp_path / "out") is None
-    with (tmp_path / "out/model.safetensors").open("r+b") as weights:
-        weights.seek(2**20)
-        weights.write(bytes([1]) * 2**20)  # as training would, of the same size
-    assert not_ours(tmp_path / "out") == (
-        "model.safetensors, which was changed since llm-pruner wrote it"
-    )
-
-
-# Files of results.
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("file", "kind", "said"),
     [
-        (("inspect", "zoo/dense", "--json", "zoo/dense/config.json"), "would replace a file of a"),
-        (("inspect", "zoo/dense", "--json", "small/model.safetensors"), "would replace a file of"),
-        (("inspect", "zoo/dense", "--json", "small/tokenizer.json"), "would replace a file of a"),
-        (
-            ("inspect", "zoo/dense", "--json", "small/report.json"),
-            "would replace a file of a model",
-        ),
-        (("inspect", "zoo/dense", "--json", "link"), "would replace a file of a model"),
-        (("inspect", "zoo/dense", "--json", "text.txt"), "exists and does not hold results, so it"),
-        (("inspect", "zoo/dense", "--json", "zoo"), "is a folder; name the file to write"),
-        (("inspect", "zoo/dense", "--json", "text.txt/a"), "cannot be made, since"),
-        (("bench", "zoo/dense", "--json", "small/plan.json"), "would replace a file of a model"),
-        (
-            ("evaluate", "zoo/dense", "--perplexity", "data.json", "--json", "data.json"),
-            "is used by",
-        ),
-        (("prune", "zoo/dense", "--out", "new", "--json", "new/plan.json"), "would replace a file"),
-        (("prune", "zoo/dense", "--out", "new", "--json", "new"), "is used by this command"),
-        (("prune", "zoo/dense", "--out", "new/x", "--json", "new"), "is used by this command"),
-        (
-            ("prune", "zoo/dense", "--out", "p", "--dry-run", "--json", "p"),
-            "is used by this command",
-        ),
-        (("compare", "small", "--html", "text.txt"), "exists and does not hold a page, so it is"),
-        (("compare", "small", "--html", "a", "--json", "a"), "is used by this command otherwise"),
+        ("zoo/dense/config.json", "results", "would replace a file of a model"),
+        ("small/report.json", "results", "would replace a file of a model"),
+        ("link", "results", "would replace a file of a model"),
+        ("new/plan.json", "results", "would replace a file of a model"),
+        ("small/plan.json", "plan", "would replace a file of a model"),
+        ("small/model.safetensors", "results", "holds something else than results"),
+        ("text.txt", "results", "exists and holds something else than results"),
+        ("text.txt", "page", "exists and holds something else than page"),
+        ("text.txt", "plan", "exists and holds something else than plan"),
+        ("zoo", "results", "is a folder; name the file to write"),
+        ("text.txt/a", "results", "cannot be made"),
+        ("new", "results", "is used by this command otherwise"),
+        ("data.json", "results", "is used by this command otherwise"),
     ],
 )
-def test_files_that_results_never_replace(
-    work: Path, unloaded: None, command: tuple[object, ...], said: str
-) -> None:
+def test_files_that_are_never_replaced(work: Path, file: str, kind: Any, said: str) -> None:
     Path("data.json").write_text('[{"text": "mine"}]')
     Path("link").symlink_to("small/plan.json")
-    more = QUICK if command[0] == "prune" else ()
-    assert said in refused(*command, *more)
+    with pytest.raises(UserError, match=said):
+        check_file(
+            "--json", Path(file), kind, ["data.json"], Path("new/out" if file == "new" else "new")
+        )
 
 
-def test_answers_of_chat_are_results(work: Path) -> None:
-    file = Path("said.json")
-    for said in ("[]", '[{"question": "a", "answers": {}}]'):
-        file.write_text(said)
-        done("compare", "small", "--json", file)
-        assert isinstance(json.loads(file.read_text()), dict)
-    for mine in ("[1]", '[{"question": "a"}]', "1", "[", "{}"):
-        file.write_text(mine)
-        assert "does not hold results" in refused("compare", "small", "--json", file)
-
-
-def test_a_dry_run_replaces_a_plan_alone(work: Path, unloaded: None) -> None:
-    dry = ("prune", "zoo/dense", "--dry-run", "--overwrite", *QUICK)
-    said = refused(*dry, "--out", "small/plan.json")
-    assert said == "--out small/plan.json would replace a file of a model; name another file"
-    said = refused(*dry, "--out", "zoo/dense/plan.json")
-    assert said.endswith("plan.json would be taken for a file of a model; name another file")
-    said = refused(*dry, "--out", "text.txt")
-    assert said.startswith("--out text.txt exists and does not hold a plan, so it is not replaced")
-    said = refused(*dry, "--out", "zoo/dense/model.safetensors")
-    assert "would replace a file of a model" in said
-
-
-def test_what_is_no_file_is_written_into(work: Path) -> None:
-    os.mkfifo("pipe")
-    reader = os.open("pipe", os.O_RDWR | os.O_NONBLOCK)
-    done("compare", "small", "--json", "pipe")
-    assert stat.S_ISFIFO(Path("pipe").stat().st_mode)
-    assert json.loads(os.read(reader, 2**16))
-    os.close(reader)
-    shown = done("compare", "small", "--json", "/dev/stdout").out
-    assert json.loads(shown)
-    opened_by_a_shell = os.open("log.txt", os.O_RDWR | os.O_CREAT)
-    write_output(Path(f"/dev/fd/{opened_by_a_shell}"), "{}")
-    assert os.read(opened_by_a_shell, 9) == b"{}"  # the file that is open, and no other
-    os.close(opened_by_a_shell)
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:  # files as any others
-        file = Path(folder, "of.json")
-        for text in ('{"groups": 1, "package_version": ""}', "{}"):
-            write_output(file, text)
-        assert file.read_text() == "{}"
-        Path(folder, "mine.txt").write_text("mine")
-        assert "mine.txt exists" in refused("compare", "small", "--json", f"{folder}/mine.txt")
-
-
-def test_a_link_to_results_is_followed(work: Path) -> None:
+def test_results_are_replaced_and_streams_are_written_into(work: Path) -> None:
     Path("kept").mkdir()
     Path("kept/result.json").write_text('{"of": "an earlier run"}')
     Path("link.json").symlink_to("kept/result.json")
     done("compare", "small", "--json", "link.json")
     assert Path("link.json").is_symlink()
     assert "of" not in json.loads(Path("kept/result.json").read_text())
+    os.mkfifo("pipe")
+    reader = os.open("pipe", os.O_RDWR | os.O_NONBLOCK)
+    done("compare", "small", "--json", "pipe")
+    assert json.loads(os.read(reader, 2**16))
+    os.close(reader)
+    assert json.loads(done("compare", "small", "--json", "/dev/stdout").out)
+    shutil.copy("small/plan.json", "plan.json")
+    done("prune", "zoo/dense", "--out", "plan.json", "--dry-run", "--overwrite", *QUICK)
 
 
-def test_results_lie_in_the_home_folder(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shell does not read ``~`` behind the sign of ``--json=~/found.json``."""
-    home, tasks = work / "home", []
-
-    def write(out: Path, *_: object, **__: object) -> tuple[()]:
-        tasks.append(out)
-        return ()
-
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setattr(evaluating, "write_task_files", write)
-    done("compare", "small", "--json=~/found.json", "--html=~/found.html")
-    done("tasks", "--out=~/tasks", "--tasks-data=data")
-    assert {path.name for path in home.iterdir()} == {"found.json", "found.html"}
-    assert tasks == [home / "tasks"]
-    assert not Path("~").exists()
-    assert "--json is empty" in refused("compare", "small", "--json=")
-
-
-# Durability.
-
-
-def test_all_is_on_the_disk_before_it_has_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[str] = []
-
-    def fsync(handle: int) -> None:
-        seen.append(f"flush {Path(os.readlink(f'/proc/self/fd/{handle}')).name}")
-
-    def moves(name: str) -> None:
-        real = getattr(Path, name)
-
-        def move(path: Path, target: Path) -> Path:
-            seen.append(f"{name} {target.name}")
-            return real(path, target)
-
-        monkeypatch.setattr(Path, name, move)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    moves("rename")
-    moves("replace")
-    with new_folder(tmp_path / "out") as folder:
-        (folder / "inner").mkdir()
-        (folder / "inner" / "file").write_text("x")
-    *before, moved, after = seen
-    assert {"flush file", "flush inner", f"flush {folder.name}"} == set(before)
-    assert (moved, after) == ("rename out", f"flush {tmp_path.name}")
-    seen.clear()
-    with new_file(tmp_path / "text") as partial:
-        partial.write_text("x")
-    assert seen == [f"flush {partial.name}", "replace text", f"flush {tmp_path.name}"]
+# A full disk.
 
 
 @contextmanager
@@ -380,7 +239,7 @@ def small_disk(size: int) -> Iterator[None]:
 def test_a_full_disk_is_one_line(work: Path) -> None:
     before = contents(work)
     with small_disk(60_000):
-        result = run("prune", "zoo/dense", "--out", "new/out", *QUICK)
+        result = run("prune", "zoo/dense", "--out", "new", *QUICK)
     assert result.code == 1
     assert result.err == (
         "llm-pruner: File too large; free space or give another place, then run again\n"
@@ -388,45 +247,17 @@ def test_a_full_disk_is_one_line(work: Path) -> None:
     assert contents(work) == before
 
 
-def test_mapped_files_have_their_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mapped_files_have_their_room(tmp_path: Path) -> None:
     file = tmp_path / "ids.bin"
-    allocate(file, 2**20)
-    assert file.read_bytes() == bytes(2**20)
-    assert file.stat().st_blocks * 512 >= 2**20
-    with file.open("r+b") as stream:
-        stream.write(b"kept")
-    allocate(file, 2**20)
-    assert file.read_bytes()[:4] == b"kept"
-    with monkeypatch.context() as patch:
-        patch.delattr(os, "posix_fallocate")
-        allocate(tmp_path / "elsewhere.bin", 3 * 2**19)
-    assert (tmp_path / "elsewhere.bin").stat().st_blocks * 512 >= 3 * 2**19
-
-    def cannot(handle: int, offset: int, size: int) -> None:
-        assert not fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_APPEND  # of which glibc says EBADF
-        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", cannot)
-        allocate(tmp_path / "shared.bin", 3 * 2**19)
-    assert (tmp_path / "shared.bin").read_bytes() == bytes(3 * 2**19)
-    assert (tmp_path / "shared.bin").stat().st_blocks * 512 >= 3 * 2**19
+    allocate(file, 3 * 2**19)
+    assert file.read_bytes() == bytes(3 * 2**19)
+    assert file.stat().st_blocks * 512 >= 3 * 2**19
+    file.write_bytes(b"kept")
+    allocate(file, 4)
+    assert file.read_bytes() == b"kept"
     with small_disk(2**19), pytest.raises(OSError, match="too large"):
-        allocate(tmp_path / "none.bin", 2**20)
-    assert not (tmp_path / "none.bin").exists()
-
-
-def test_the_teachers_memory_has_its_room(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(handle: int, offset: int, size: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    before = contents(work)
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    options = ("--data", "text.txt", "--teacher", "zoo/dense", *TRAIN)
-    result = run("recover", "small", "--out", "better", *options)
-    assert (result.code, len(result.err.splitlines())) == (1, 1)
-    assert "No space left on device; free space or give another place" in result.err
-    assert contents(work) == before
+        allocate(file, 2**20)
+    assert not file.exists()
 
 
 # What a killed run leaves.
@@ -438,13 +269,10 @@ def test_what_dead_runs_left_goes_and_what_live_ones_make_stays(tmp_path: Path) 
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
     (tmp_path / ".out.partial-of-mine").touch()
-    (tmp_path / ".out.partial-abcd_124").touch()
-    with new_folder(tmp_path / "out") as live, new_folder(tmp_path / "another") as another:
+    with new_folder(tmp_path / "out") as live:
         check_output(out, overwrite=False)
         left = {path.name for path in tmp_path.iterdir()}
-    kept = {".other.partial-abcd_123", ".out.partial-of-mine"}
-    assert left == kept | {live.name, another.name}
-    assert {path.name for path in tmp_path.iterdir()} == kept | {"out", "another"}
+    assert left == {".other.partial-abcd_123", ".out.partial-of-mine", live.name}
 
 
 def test_a_folder_that_stepped_aside_returns(tmp_path: Path) -> None:
@@ -482,144 +310,87 @@ def test_interrupted_while_it_takes_its_place(
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_folder_of_a_lower_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It cannot be renamed, but an empty one is renamed over; a full one is refused at once."""
-    old, empty = written(tmp_path / "old", file="old"), tmp_path / "empty"
-    empty.mkdir()
-    rename = Path.rename
-
-    def on_an_overlay(path: Path, target: Path) -> Path:
-        if path in (old, empty):
-            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-        return rename(path, target)
-
-    check_output(old, overwrite=True)
-    monkeypatch.setattr(Path, "rename", on_an_overlay)
-    with pytest.raises(UserError, match=r"old is of a lower layer of an overlay and cannot be rep"):
-        check_output(old, overwrite=True)
-    written(empty, file="new")
-    assert (empty / "file").read_text() == "new"
-    assert (old / "file").read_text() == "old"
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_a_result_is_in_place_before_the_old_one_is_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, new = written(tmp_path / "out", file="old"), written(tmp_path / "new", file="new")
-
-    def interrupted(path: Path) -> None:
-        raise KeyboardInterrupt
-
-    placed.clear()
-    monkeypatch.setattr("llm_pruner.files.disk.remove", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        put(new, out)
-    assert placed == [out]
+# Folders of runs.
 
 
 def test_compress_puts_its_result_in_place_like_any(work: Path) -> None:
-    run_folder = work / "out.compressing"
-    pruned = written(run_folder / "pruned", file="new")
+    pruned = written(work / "out.compressing/pruned", file="new")
     written(work / ".out.old-abcd_123/out", file="old")  # killed between the two renames
-    compressing.move_result(pruned, work / "out", True, ())
+    move_result(pruned, work / "out", True, ())
     assert (work / "out/file").read_text() == "new"
     assert not list(work.glob(".*"))
-    discard(run_folder)
-    assert not list(work.glob("out.*"))
-
-
-# Folders of runs.
 
 
 def test_two_recoveries_do_not_share_a_folder(work: Path, unloaded: None) -> None:
     command = ("recover", "small", "--out", "better", "--data", "text.txt", *TRAIN)
-    with begun(work / "better.recovering", RECOVERING):
-        for more in ((), ("--resume",), ("--restart",)):
-            said = refused(*command, *more)
-            assert said == (
-                "another process is at work in better.recovering; wait for it, or end it"
-            )
+    with begun(work / "better.recovering"):
+        said = refused(*command, "--restart")
+    assert said == "another process is at work in better.recovering; wait for it, or end it"
 
 
-def test_a_recovery_holds_its_folder(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = ("recover", "small", "--out", "better", "--data", "text.txt", *TRAIN)
-    others = []
-
-    def meanwhile(*_: object, **__: object) -> None:
-        others.append(run(*command, "--resume"))
+def test_an_interrupted_recovery_that_did_nothing_leaves_nothing(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recovering, "recover_", meanwhile)
-    result = run(*command)
+    monkeypatch.setattr(recovering, "recover_", interrupted)
+    result = run("recover", "small", "--out", "better", "--data", "text.txt", *TRAIN)
     assert (result.code, result.err) == (130, "llm-pruner: interrupted; nothing was written\n")
-    assert (others[0].code, len(others[0].err.splitlines())) == (2, 1)
-    assert "another process is at work in better.recovering" in others[0].err
     assert not Path("better.recovering").exists()
 
 
-@pytest.mark.parametrize("more", [(), ("--restart",), ("--resume",)])
-@pytest.mark.parametrize("name", ["thesis.txt", "adapter"])
-def test_a_folder_that_holds_no_run_is_left_alone(
-    work: Path, unloaded: None, more: tuple[str, ...], name: str
-) -> None:
-    for folder in ("better.recovering", "better.compressing"):
-        Path(folder).mkdir()
-        Path(folder, name).write_text("mine")
-    data = ("--data", "text.txt", *TRAIN)
-    said = refused("recover", "small", "--out", "better", *data, *more)
-    assert said == (
-        f"better.recovering holds {name}, which no run wrote, and a run would keep its work there; "
-        "move that away or give another --out"
-    )
-    if "--resume" not in more:
-        said = refused("compress", "small", "--out", "better", *more)
-        assert said.startswith(f"better.compressing holds {name}, which no run wrote")
-
-
-def test_what_comes_to_lie_in_a_run_stays(tmp_path: Path) -> None:
-    folder = tmp_path / "out.compressing"
-    with opened(folder, {"ratio": 0.2}, restart=False) as run_there:
-        (folder / "thesis.txt").write_text("mine")
-        run_there.remove()
+def test_a_folder_that_holds_no_run_is_left_alone(tmp_path: Path) -> None:
+    folder = COMPRESSING.beside(tmp_path / "better")
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    with (
+        pytest.raises(UserError, match=r"better\.compressing is no folder of a run"),
+        opened(folder, {"ratio": 0.2}, restart=True),
+    ):
+        pass
     assert contents(folder) == {"thesis.txt": b"mine"}
-    with begun(tmp_path / "out.recovering", RECOVERING):
-        remove_run(tmp_path / "out.recovering", RECOVERING)
-    assert [path.name for path in tmp_path.iterdir()] == ["out.compressing"]
-
-
-def test_a_run_that_was_killed_after_its_result_was_in_place(
-    work: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = ("recover", "small", "--out", "better", "--data", "text.txt", *TRAIN)
-
-    def killed(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    def killed_in_training(*_: object, work: Path, **__: object) -> None:
-        (work / "step-000001").mkdir()
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(workdir, "remove_run", killed)
-        assert run(*command).code == 130
-    assert Path("better.recovering/run.json").exists()
-    result = run(*command, "--resume")
-    assert (result.code, Path("better.recovering").exists()) == (2, False)
-    assert "better exists and is not empty" in result.err
-    # One that was to replace that result by the same options is not finished.
-    with monkeypatch.context() as patch:
-        patch.setattr(recovering, "recover_", killed_in_training)
-        assert run(*command, "--overwrite").code == 130
-    result = run(*command, "--resume")
-    assert (result.code, Path("better.recovering/step-000001").exists()) == (2, True)
-    assert "better exists and is not empty" in result.err
 
 
 def test_the_folder_of_a_run_lies_beside_what_a_link_leads_to(tmp_path: Path) -> None:
     (tmp_path / "disk/out").mkdir(parents=True)
     (tmp_path / "link").symlink_to("disk/out")
     assert RECOVERING.beside(tmp_path / "link") == tmp_path / "disk/out.recovering"
+
+
+def test_what_was_measured_is_kept_though_nobody_reads_it(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(_: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    monkeypatch.setattr("llm_pruner.cli.evaluate.show", closed)
+    kept = ("--report", "small", "--json", "found.json")
+    result = run("evaluate", "small", "--perplexity", "text.txt", "--seq-len", 64, *kept)
+    assert (result.code, result.err) == (1, "")
+    (found,) = json.loads(Path("found.json").read_text())["perplexity"]
+    assert (
+        found["perplexity"]
+        == report_in(Path("small")).evaluations["pruned"].perplexity[0].perplexity
+    )
+
+
+def test_results_lie_in_the_home_folder(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell does not read ``~`` behind the sign of ``--json=~/found.json``."""
+    home, tasks = work / "home", []
+
+    def write(out: Path, *_: object, **__: object) -> tuple[()]:
+        tasks.append(out)
+        return ()
+
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(evaluating, "write_task_files", write)
+    done("compare", "small", "--json=~/found.json", "--html=~/found.html")
+    done("tasks", "--out=~/tasks", "--tasks-data=data")
+    assert {path.name for path in home.iterdir()} == {"found.json", "found.html"}
+    assert tasks == [home / "tasks"]
+    assert not Path("~").exists()
+    assert "--json is empty" in refused("compare", "small", "--json=")
 
 
 # Signals and processes.
@@ -651,7 +422,7 @@ def test_signals_end_a_run_in_one_line(tmp_path: Path, number: int, code: int) -
         process.send_signal(number)
         _, said = process.communicate()
     assert (process.returncode, said) == (code, "llm-pruner: interrupted; nothing was written\n")
-    assert not list(tmp_path.iterdir())
+    assert not list((tmp_path / "made").iterdir())
 
 
 def test_a_run_under_nohup_outlives_its_terminal() -> None:

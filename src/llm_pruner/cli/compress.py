@@ -26,6 +26,7 @@ from llm_pruner.cli.output import (
     warn,
 )
 from llm_pruner.cli.recover import Narrator, show_control
+from llm_pruner.files.disk import expanded
 from llm_pruner.report.text import clean, count, measured, megabytes
 from llm_pruner.runtime.memory import BOTH, keep_kernels
 from llm_pruner.settings.compress import CompressSettings
@@ -49,7 +50,7 @@ Examples:
 def run(
     settings: CompressSettings,
     json: str | None,
-    first: Callable[[Measured], None] | None = None,
+    first: Callable[[Measured], None] = lambda _: None,
 ) -> None:
     """Make a smaller model: prune, recover, evaluate, report.
 
@@ -102,7 +103,7 @@ def demo(
 
     An interrupted demo goes on when it is started again.
     """
-    check_json(json, out)
+    check_json(json, out=expanded(out))
     # The folder that the demo chooses by itself, it may replace by itself: but only a checkpoint
     # that was pruned, nothing else that a user may have called by this name.
     earlier = out == _DEMO and (out / "plan.json").is_file()
@@ -116,7 +117,10 @@ def demo(
         samples=_DEMO_SAMPLES,
         seed=seed,
     )
-    run(settings, json, first=None if json == "-" else _show_dense)
+    if json == "-":
+        run(settings, json)
+    else:
+        run(settings, json, first=_show_dense)
 
 
 def _show_dense(found: Measured) -> None:

@@ -41,10 +41,11 @@ def run(settings: PruneSettings, json: str | None) -> None:
         hand_over(expected, json, show_forecast)
         return
     from llm_pruner.commands.prune import PruneRun
+    from llm_pruner.commands.prune_together import carry_out_together
     from llm_pruner.runtime.processes import started
 
     run = PruneRun(settings, command=command_line())
-    done = run.carry_out() if started() == 1 else run.carry_out_together()
+    done = run.carry_out() if started() == 1 else carry_out_together(run)
     if done is None:
         return
     hand_over(done, json, show, partial(upload, settings))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,71 +13,53 @@ from pydantic import BeforeValidator
 from transformers import AutoConfig
 
 from llm_pruner.checkpoints import packed
-from llm_pruner.commands.abilities import prepare_tasks
-from llm_pruner.commands.evaluate import measure_apart, read_texts
+from llm_pruner.commands.compress_start import about, check_settings
+from llm_pruner.commands.evaluate import measure_apart
 from llm_pruner.commands.prune import PruneRun
-from llm_pruner.commands.prune_start import check_space, criterion_of, selection_of, target_of
+from llm_pruner.commands.prune_start import target_of
 from llm_pruner.commands.publish import check_push
 from llm_pruner.commands.recover import (
-    check_training,
-    read_examples,
     recover_checkpoint,
-    ways_to_load,
 )
 from llm_pruner.commands.vocab import RECORD, vocab
 from llm_pruner.commands.workdir import (
     COMPRESSING,
     RECOVERING,
-    RUN,
     Work,
-    content,
-    contents,
     move_result,
     opened,
     read_values,
 )
-from llm_pruner.data.calibration import check_calibration
-from llm_pruner.data.examples import Examples
-from llm_pruner.data.files import BEGINNING
-from llm_pruner.data.selfmade import CHUNK, write_text_cached
-from llm_pruner.data.text import DEMO_PROMPTS, PRUNED, SELF, shares_of
-from llm_pruner.data.training import check_samples
+from llm_pruner.data.selfmade import CHUNK
+from llm_pruner.data.text import DEMO_PROMPTS, SELF
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import result_cache
 from llm_pruner.evaluation.footprint import model_size
-from llm_pruner.evaluation.perplexity import check_windows
-from llm_pruner.files.disk import remove, tidy
+from llm_pruner.files.disk import remove
 from llm_pruner.files.outputs import (
     RECOVERY_FILE,
-    check_output,
     check_place,
-    check_shard_size,
     rewrite,
-    write_output,
 )
-from llm_pruner.models.checkpoint_files import (
+from llm_pruner.models.forward import maximum_length
+from llm_pruner.models.load import load
+from llm_pruner.models.stored import (
+    check_file_states,
+    file_states,
     stored_at,
-    stored_size,
     weight_names,
 )
-from llm_pruner.models.forward import embedding_rows, maximum_length
-from llm_pruner.models.layers import has_recipe
-from llm_pruner.models.load import check, load, load_tokenizer
 from llm_pruner.recovery import Progress
 from llm_pruner.recovery.checkpoint import last_checkpoint
 from llm_pruner.report.data import Report, Source, Variant, known_report
 from llm_pruner.report.facts import evaluation_of, source_of
 from llm_pruner.report.records import Change, Compressed, Measured, Training, Weighed
 from llm_pruner.report.write import page_in, write_report, write_request
-from llm_pruner.runtime.memory import free_bytes
-from llm_pruner.runtime.processes import ALONE, check_trains, only_one, own_device
-from llm_pruner.settings.common import OutputSettings
+from llm_pruner.runtime.processes import only_one
 from llm_pruner.settings.compress import CompressSettings
-from llm_pruner.settings.evaluate import EvaluateSettings, PerplexitySettings
-from llm_pruner.settings.prune import MethodSettings
-from llm_pruner.settings.recover import RecoverSettings, TrainingSettings
+from llm_pruner.settings.evaluate import EvaluateSettings
+from llm_pruner.settings.recover import RecoverSettings
 from llm_pruner.types import Size
-from llm_pruner.version import __version__
 
 SAMPLES = 256
 """Texts that the dense model writes where there is no time budget; more if importance was estimated
@@ -106,8 +85,6 @@ _STARTING = 10.0
 """Seconds for what is not timed: starting Python, and drawing the report."""
 
 _RESULT = "result"
-_TAKES_LONG = ("pruned", "dense.json", "text")
-"""What a run has that took it long."""
 
 _TRAINING = Annotated[
     Training, BeforeValidator(lambda of: {**of, "before": of["loss"][0], "after": of["loss"][1]})
@@ -122,49 +99,43 @@ def compress(
     tell: Callable[[str], None] = lambda _: None,
     say: Callable[[Progress], None] = lambda _: None,
     going_on: Callable[[Path], None] = lambda _: None,
-    first: Callable[[Measured], None] | None = None,
+    first: Callable[[Measured], None] = lambda _: None,
 ) -> Compressed:
     """Make a smaller model of ``settings.model`` in the folder ``settings.out``.
 
     Until it is done all lies in a folder beside ``out`` with the ending ``.compressing``. A run
-    that was interrupted goes on from there with the stages that are missing; without a time budget
-    it ends with the same weights, plan and figures, speeds and times apart, as one that was not.
-    With one, what was decided by measured speed is decided once.
+    that was interrupted goes on there with the stages that are missing; without a time budget it
+    ends with the same weights, plan and figures as one that was not.
 
     Args:
         tell: is told each stage as it begins.
+        say: is told the course of the training.
         going_on: is told the folder of an interrupted run that goes on.
-        first: is told the size and the perplexities of the dense model before anything is pruned;
-            without it they are measured after pruning, which may find that the settings cannot be
-            met.
+        first: is told size and perplexities of the dense model.
 
     Raises:
         UserError: something that was given must change.
     """
     only_one("compress")
     settings.check()
-    out, restart = settings.out, settings.restart
+    out, work = settings.out, COMPRESSING.beside(settings.out)
     check_place(out, "--out")
     check_push(settings)
-    work = COMPRESSING.beside(out)
-    tidy(work)
-    if not work.is_dir():
-        # The model with fewer tokens, the pruned one, the recovered one and the quantized one.
-        copies = bool(settings.vocab_text) + 1 + settings.recover + (settings.quantize != "none")
-        check_space(out, settings.loading(), target_of(settings.pruning(out)), copies=copies)
-    if not (work / f"{_RESULT}.json").is_file() or restart:
-        check_settings(settings)
+    if not (work / f"{_RESULT}.json").is_file() or settings.restart:
+        check_settings(settings, work)
     facts = about(settings)
-    with opened(work, facts, restart=restart) as run:
+    with opened(work, facts, restart=settings.restart) as run:
         if run.continued:
             going_on(work)
+        stored = file_states(settings.model)
         stages = _Stages(settings, run, command, tell, say, first, facts)
         try:
             done = run.once(_RESULT, Compressed, stages.all, "report")
         except UserError:
-            if not any(run.path(name).exists() for name in _TAKES_LONG):
+            if not run.path("pruned").exists():
                 run.remove()  # nothing was done that is worth going on with
             raise
+        check_file_states(stored)
         tell("moving the result into place")
         folder = run.path(last_stage(done.measured, done.recovery))
         move_result(folder, out, settings.overwrite, settings.reads)
@@ -174,105 +145,11 @@ def compress(
     return replace(done, report=page_in(out), notes=notes, seconds=seconds, peak_bytes=peak)
 
 
-def check_settings(settings: CompressSettings) -> None:
-    """Raise UserError for what can be refused before a model is loaded."""
-    check_output(settings.out, settings.overwrite, settings.reads)
-    pruning = settings.pruning(settings.out)
-    selection_of(pruning)
-    criterion_of(pruning)
-    found: list[Examples] = []
-    if settings.recover:
-        check_trains(settings.device)
-        trains, minutes = settings.trains(), (settings.time_budget or 0) / 60
-        check_training(trains.but(max_minutes=trains.max_minutes or minutes) if minutes else trains)
-        _require_room(settings)
-        if PRUNED in settings.data:
-            raise UserError(
-                "--data pruned is for recover --distill-weight 1, which teaches by the dense model "
-                "alone; use self, or prune first and then recover"
-            )
-        trained = RecoverSettings(model=settings.model, data=settings.data, out=settings.out)
-        found = [*read_examples(trained.but(samples=BEGINNING)).values()]
-    check_calibration(pruning)
-    texts = read_texts(settings.perplexity, PerplexitySettings())
-    check_shard_size(settings.max_shard_size)
-    if settings.tasks is not None:
-        prepare_tasks(settings)
-    config = check(settings.loading())  # None of a .gguf file, which transformers knows
-    own = config is not None and not type(config).__module__.startswith("transformers.")
-    if settings.quantize != "none" and own:
-        raise UserError(
-            f"--quantize {settings.quantize} is for models whose code is in transformers, and "
-            f"{settings.model} has its own; leave --quantize out"
-        )
-    if settings.quantize != "none" and not has_recipe(config):  # whose config alone says nothing
-        model = load(settings.loading().but(device="cpu"), weights=False).model
-        packed.check_packs(model, settings.model)
-    tokenizer = load_tokenizer(settings.loading())
-    if not settings.vocab_text:  # of fewer tokens a text gives more
-        with _said_of_presets():
-            check_calibration(pruning, settings.loading())
-    shell = SimpleNamespace(config=config)
-    windows = PerplexitySettings(seq_len=min(WINDOW, maximum_length(shell) or WINDOW))
-    for text in texts:
-        check_windows(shell, tokenizer, text, windows, option=None)
-    for one in found:  # a chat template may refuse what is only trained on after pruning
-        check_samples(one, tokenizer, seq_len=settings.trains().seq_len)
-
-
-def _require_room(settings: CompressSettings) -> None:
-    """Raise UserError if the teacher alone is larger than the memory: recovery has it whole."""
-    size = stored_size(settings.model, settings.revision, settings.dtype)
-    free = free_bytes(own_device(settings.device))
-    if size is not None and size[1] > free:
-        raise UserError(
-            f"{settings.model} takes {size[1] / 1e9:.1f} GB, where {free / 1e9:.1f} GB of memory "
-            "are free, and recovery has it there whole, as the teacher, beside the pruned model; "
-            "add --no-recover, or run it where there is more memory"
-        )
-
-
-@contextmanager
-def _said_of_presets() -> Iterator[None]:
-    """Say of options of ``prune`` that are asked for where they come from here."""
-    try:
-        yield
-    except UserError as error:
-        if re.search(r"--(samples|seq-len)\b", str(error)):
-            where = "compress has that from its --preset: name another, or a YAML file"
-            raise UserError(f"{error} ({where})") from error
-        raise
-
-
 def last_stage(measured: Collection[Variant], recovery: Training | None) -> str:
     """Return the name of the folder that becomes the result."""
     if "quantized" in measured:
         return "quantized"
     return "pruned" if recovery is None else "recovered"
-
-
-def about(settings: CompressSettings) -> dict[str, Any]:
-    """Return all that decides how a run goes, as plain values by the names of the options."""
-    identity = result_cache.identify(settings.loading())
-    placed = {*OutputSettings.model_fields} - {"max_shard_size"}
-    placed |= {"restart", "revision", "trust_remote_code"}
-    pruning, data = settings.pruning(settings.out), settings.tasks_data
-    items = () if data is None else (str(data / f"{name}.jsonl") for name in settings.tasks or ())
-    method = pruning.model_dump(
-        mode="json", include=set(MethodSettings.model_fields), exclude={"kept", "preset"}
-    )
-    return settings.model_dump(mode="json", exclude=placed) | {
-        "model": Path(settings.model).name,
-        "model content": None if identity is None else identity.content,
-        "preset": {"name": Path(settings.preset).name, **method},
-        "data": [source if source == SELF else Path(source).name for source in settings.data],
-        "vocab_text": [Path(source).name for source in settings.vocab_text],
-        "vocab content": [content(source) for source in settings.vocab_text],
-        "data content": [content(source) for source in settings.data],
-        **contents((*shares_of(pruning.calibration), *settings.perplexity, *items)),
-        "training": settings.trains().model_dump(mode="json") if settings.recover else None,
-        "llm_pruner": __version__,
-    }
 
 
 @dataclass
@@ -290,7 +167,7 @@ class _Stages:
     command: str | None
     tell: Callable[[str], None]
     say: Callable[[Progress], None]
-    first: Callable[[Measured], None] | None
+    first: Callable[[Measured], None]
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     start: Path | None = None
@@ -303,8 +180,7 @@ class _Stages:
 
     def all(self) -> Compressed:
         """Do what is missing; return what is known of the result."""
-        if self.first is not None:
-            self.measure("dense", self.first)
+        self.measure("dense")
         if self.settings.vocab_text:
             self.take_tokens()
         self.prune()
@@ -314,13 +190,12 @@ class _Stages:
         recovery = self.recover()
         if recovery is not None and recovery.gained:
             measured["recovered"] = self._weighed("recovered")
-            self._note_higher_perplexity(measured)
         if self.quantize(last_stage(measured, recovery)):
             measured["quantized"] = self._weighed("quantized")
         return self.report(measured, recovery)
 
     def take_tokens(self) -> None:
-        """Write the model with fewer tokens, and ask of pruning what is missing then, if any."""
+        """Write the model with fewer tokens; only the rest of the size is pruned."""
         settings, dense = self.settings, load(self.settings.computing(), weights=False)
         as_stored = dense.stored_dtype if settings.dtype == "auto" else None
         target, size = target_of(self.pruning), model_size(dense.model, as_stored)
@@ -330,15 +205,17 @@ class _Stages:
         self.before = Report(source=source, sizes={"dense": size})
         self.start = self.run.path("vocab") / Path(dense.name).name  # so that it has that name
         if not self.start.is_dir():
-            if (tokens := settings.vocab_size) is not None:
-                rows = embedding_rows(dense.model)
-                gone = (size.embedding or 0) // rows * (rows - tokens)
-                _check_rest(asked, size.total - gone)
-            remove(self.start.parent)  # of a process that was killed as it wrote
+            remove(self.start.parent)  # of a process that was killed
             self.tell("taking out tokens")
             vocab(settings.fewer_tokens(self.start))
             self.run.record_time("vocab")
-        _check_rest(asked, self._taken("parameters").after)
+        left = self._taken("parameters").after
+        if left <= asked:
+            raise UserError(
+                f"without the tokens, {left:,} parameters are left, and {asked:,} are asked for: "
+                "remove more by --ratio or --params, keep more tokens by --vocab-size, or take "
+                "tokens alone with llm-pruner vocab"
+            )
         pruning = settings.pruning(self.run.path("pruned"), self.start)
         self.pruning = pruning.but(kept=self.text, ratio=None, params=asked)
 
@@ -358,19 +235,13 @@ class _Stages:
 
     def prune(self) -> None:
         """Write the folder ``pruned``."""
-        if self.pruning.out.is_dir():
-            return
-        if self.settings.recover:
-            _require_room(self.settings)  # of a model that has just been downloaded
-        self.tell("pruning")
-        with _said_of_presets():
+        if not self.pruning.out.is_dir():
+            self.tell("pruning")
             PruneRun(self.pruning, command=self.command).carry_out()
-        self.run.record_time("prune")
+            self.run.record_time("prune")
 
-    def measure(
-        self, variant: Variant, first: Callable[[Measured], None] = lambda _: None
-    ) -> Measured:
-        """Return what was measured of a model, in its own process; tell what is known first."""
+    def measure(self, variant: Variant) -> Measured:
+        """Return what was measured of a model, in its own process."""
 
         def make() -> Measured:
             self.tell(f"measuring the {variant} model")
@@ -389,6 +260,7 @@ class _Stages:
                 speed=True,
                 against=against,
             )
+            first = self.first if variant == "dense" else lambda _: None
             return measure_apart(asked, WINDOW, first, strict=False)
 
         return self.run.once(variant, Measured, make)
@@ -416,38 +288,26 @@ class _Stages:
         """Write the folder ``recovered``; return the course of it, None if nothing is trained."""
         if not self.settings.recover:
             return None
-        try:
-            plan = self._amount()
-        except (UserError, torch.OutOfMemoryError) as error:
-            self._note_refusal(error)
-            return None
-        if "skipped" in plan:
-            self.notes.append(plan["skipped"])
-            return None
         out = self.run.path("recovered")
-        if not out.is_dir():
-            self.tell("recovering")
-            limits: dict[str, Any] = {"max_minutes": plan["minutes"], "epochs": plan["epochs"]}
-            for name in limits.keys() & self.settings.training.keys():  # the less of both holds
-                own = getattr(self.training, name)
-                limits[name] = own if limits[name] is None else min(own, limits[name])
-            training = self.training.but(seq_len=self._sample_length(), **limits)
-            settings = self._recovering(training)
-            settings = settings.but(samples=plan["samples"], self_samples=plan.get("written"))
-            kept = RECOVERING.beside(out)
-            if (kept / RUN).is_file() and last_checkpoint(kept) is None:
-                # Nothing was trained, so it may begin with other samples than it was to have.
-                write_output(kept / RUN, "{}\n")
-            try:
-                recover_checkpoint(settings, command=self.command, say=self.say)
-            except (UserError, torch.OutOfMemoryError) as error:
-                # What was learned is not thrown away, unless going on ends for want of room again.
-                full = isinstance(error, torch.OutOfMemoryError) and self.run.continued
-                if last_checkpoint(kept) is not None and not full:
-                    raise
-                self._note_refusal(error)
+        try:
+            amount = self._amount()
+            if "skipped" in amount:
+                self.notes.append(amount["skipped"])
                 return None
-            self.run.record_time("recover")
+            if not out.is_dir():
+                self.tell("recovering")
+                recover_checkpoint(self._recovering(amount), command=self.command, say=self.say)
+                self.run.record_time("recover")
+        except (UserError, torch.OutOfMemoryError) as error:
+            full = isinstance(error, torch.OutOfMemoryError)
+            # What was learned is not thrown away, unless there is no room to go on either.
+            if last_checkpoint(RECOVERING.beside(out)) is not None and not (
+                full and self.run.continued
+            ):
+                raise
+            why = "the GPU has no room to train in" if full else error
+            self.notes.append(f"recovery was refused, so the pruned model is the result: {why}")
+            return None
         found: Training = read_values(out / RECOVERY_FILE, _TRAINING)
         if not found.gained:
             self.notes.append(
@@ -457,23 +317,27 @@ class _Stages:
             )
         return found
 
-    def _recovering(self, training: TrainingSettings) -> RecoverSettings:
+    def _recovering(self, amount: Mapping[str, Any]) -> RecoverSettings:
+        """Return how the pruned model is trained: by the least of what was asked and decided."""
+        limits = {"max_minutes": amount.get("minutes"), "epochs": amount.get("epochs")}
+        for name in limits.keys() & self.settings.training.keys():
+            both = [getattr(self.training, name), limits[name]]
+            limits[name] = min(one for one in both if one is not None)
+        limits = {name: of for name, of in limits.items() if of is not None}
+        training = self.training.but(seq_len=self._sample_length(), **limits)
         return RecoverSettings(
             **training.written(),
             **self.settings.loading(self.run.path("pruned")).written(),
             out=self.run.path("recovered"),
             data=self.settings.data,
+            samples=amount.get("samples"),
+            self_samples=amount.get("written"),
             kept=self.text,
             teacher=self._dense(),
             control=self._dense() if self.settings.control else None,
             resume=True,
             max_shard_size=self.settings.max_shard_size,
         )
-
-    def _note_refusal(self, error: Exception) -> None:
-        full = isinstance(error, torch.OutOfMemoryError)
-        why = "the GPU has no room to train in" if full else error
-        self.notes.append(f"recovery was refused, so the pruned model is the result: {why}")
 
     def quantize(self, stage: str) -> bool:
         """Write the folder ``quantized``; return whether it is asked for and not refused."""
@@ -487,9 +351,10 @@ class _Stages:
                 changed = {"sizes": report.sizes | {"quantized": model_size(model)}}
                 write_report(folder, lambda: report.model_copy(update=changed))
 
-        size = self.settings.max_shard_size
         try:
-            packed.save_packed(source, out, max_shard_size=size, beside=beside)
+            packed.save_packed(
+                source, out, max_shard_size=self.settings.max_shard_size, beside=beside
+            )
         except UserError as error:
             self.notes.append(f"weights were not packed, so they are as they were: {error}")
             return False
@@ -502,50 +367,45 @@ class _Stages:
         writes = SELF in self.settings.data
         if budget is None:
             count = samples or max(SAMPLES, self._calibrated() + CHUNK)
-            amount = {"minutes": None, "epochs": self.training.epochs}
-            return {"samples": samples, "written": count if writes else None, **amount}
+            return {"samples": samples, "written": count if writes else None}
 
         def decide() -> dict[str, Any]:
-            left = time_to_recover(
-                budget,
-                self.run.spent,
-                self.run.seconds,
-                self._pruned_report().seconds,
-                measured=1 + (self.settings.quantize != "none") + 2 * self.settings.control,
-            )
-            times = trainings(self._pruned_report().sizes, self.settings.control)
-            least = SHORTEST * times
-            if left < least:
-                return {
-                    "skipped": f"the time budget leaves {max(left, 0):.0f} s for recovery, and less"
-                    f" than {least:.0f} s are not worth it: the pruned model is the result"
-                }
-            end = self.run.spent + left
-            count = None
+            report, settings = self._pruned_report(), self.settings
+            left = budget - self.run.spent - self._around(report.seconds)
+            times, sizes = 1.0, report.sizes
+            if settings.control:  # is trained as well, which takes longer by its size
+                times += sizes["dense"].total / sizes["pruned"].total if "dense" in sizes else 1.0
+            count, writing = samples, 0.0
             if writes and samples is None:
-                self.tell("writing text to train on")
-                count = self._write(WRITING * left)
-            minutes = max((end - self.run.spent) / times, SHORTEST / 2) / 60
-            amount = {"samples": samples, "written": count}
-            return {**amount, "minutes": minutes, "epochs": float(EPOCHS_IN_TIME)}
+                count, writing = self._texts_in(WRITING * left, report.seconds)
+            seconds = (left - writing) / times
+            if seconds < SHORTEST:
+                return {
+                    "skipped": f"the time budget leaves {max(seconds, 0):.0f} s for recovery, and "
+                    f"less than {SHORTEST:.0f} s are not worth it: the pruned model is the result"
+                }
+            amount = {"samples": samples, "written": count if writes else None}
+            return {**amount, "minutes": seconds / 60, "epochs": float(EPOCHS_IN_TIME)}
 
-        return self.run.once("amount", dict[str, Any], decide, "text" if writes else "recover")
+        return self.run.once("amount", dict[str, Any], decide, "recover")
 
-    def _write(self, seconds: float) -> int:
-        """Have the dense model write for a time; return the number of texts."""
-        here = self._recovering(self.training).but(device=own_device(self.settings.device))
-        loaded = load(ways_to_load(here, ALONE)["teacher"])  # in which recovery has it
-        seq_len, seed = self._sample_length(), self.training.seed
+    def _around(self, pruning: Mapping[str, float]) -> float:
+        """Return the seconds after recovery, and for loading and saving around it."""
+        measured = 1 + (self.settings.quantize != "none") + 2 * self.settings.control
+        around = 3 * pruning.get("load", 0.0) + pruning.get("save", 0.0)
+        return around + 1.1 * measured * self.run.seconds.get("pruned", 0.0) + _STARTING
 
-        def write(number: int) -> None:
-            size = {"samples": CHUNK * (number + 1), "seq_len": seq_len, "seed": seed}
-            write_text_cached(loaded.model, loaded.tokenizer, self.text, source=SELF, **size)
+    def _texts_in(self, seconds: float, pruning: Mapping[str, float]) -> tuple[int, float]:
+        """Return how many texts are trained on, and the seconds that writing the rest takes.
 
-        there = len(list(self.text.glob(f"{seq_len}-{seed}-*.safetensors")))
-        chunks = -(-self._calibrated() // CHUNK)
-        took = self._pruned_report().seconds.get("calibration text", 0.0)
-        longest, most = took / chunks if chunks else 0.0, MOST_SAMPLES // CHUNK
-        return CHUNK * chunks_in_time(there, most, seconds, write, longest=longest)
+        The model wrote text for its pruning, so the speed is known; else it is taken to write
+        ``SAMPLES`` in that time.
+        """
+        there, took = self._calibrated(), pruning.get("calibration text", 0.0)
+        if not there or not took:
+            return SAMPLES, seconds
+        chunks = int(max(1.0, min(seconds * there / took, MOST_SAMPLES - there) / CHUNK))
+        return there + CHUNK * chunks, CHUNK * chunks * took / there
 
     def report(self, measured: dict[Variant, Weighed], recovery: Training | None) -> Compressed:
         """Write the report of all stages beside the weights."""
@@ -588,16 +448,6 @@ class _Stages:
         write_request(folder, self.settings)
         return result
 
-    def _note_higher_perplexity(self, measured: dict[Variant, Weighed]) -> None:
-        pairs = zip(measured["pruned"].perplexity, measured["recovered"].perplexity, strict=True)
-        for before, after in pairs:
-            if after.perplexity > before.perplexity:
-                self.notes.append(
-                    f"perplexity on {after.corpus} rose from {before.perplexity:.2f} to "
-                    f"{after.perplexity:.2f} by training, though the text that was held out "
-                    "from it gained; train on text more like it, with --data"
-                )
-
     def _pruned_report(self) -> Report:
         bare = Report(source=Source(name=self.settings.model))
         return known_report(self.run.path("pruned")) or bare
@@ -619,60 +469,3 @@ class _Stages:
             own = getattr(self.pruning, name)
             shared &= self.settings.training.get(name, own) == own
         return self.pruning.samples if shared else 0
-
-
-def _check_rest(asked: int, left: int) -> None:
-    """Raise UserError if a model has no more parameters than asked for without its tokens."""
-    if left <= asked:
-        raise UserError(
-            f"without the tokens, {left:,} parameters are left, and {asked:,} are asked for, so "
-            "nothing is pruned: remove more by --ratio or --params, keep more tokens by "
-            "--vocab-size, or take tokens alone with llm-pruner vocab"
-        )
-
-
-def time_to_recover(
-    budget: float,
-    spent: float,
-    stages: Mapping[str, float],
-    pruning: Mapping[str, float],
-    measured: int = 1,
-) -> float:
-    """Return the seconds that writing text and training may take; negative if none are left.
-
-    What is kept back of the budget of the whole run: measuring the recovered model, or as many as
-    ``measured`` says, each as long as the pruned one took; loading it with its teacher and reading
-    it again if there was no gain; saving.
-    """
-    around = 3 * pruning.get("load", 0.0) + pruning.get("save", 0.0)
-    return budget - spent - 1.1 * measured * stages.get("pruned", 0.0) - around - _STARTING
-
-
-def trainings(sizes: Mapping[Variant, Size], control: bool) -> float:
-    """Return how many times as long training takes with the control's, by their parameters."""
-    if not control:
-        return 1.0
-    return 1.0 + (sizes["dense"].total / sizes["pruned"].total if "dense" in sizes else 1.0)
-
-
-def chunks_in_time(
-    there: int,
-    most: int,
-    seconds: float,
-    write: Callable[[int], Any],
-    clock: Callable[[], float] = time.monotonic,
-    *,
-    longest: float = 0.0,
-) -> int:
-    """Write chunks of text while time lasts, the first in any case; return how many there are then.
-
-    Of ``most`` that are enough some are ``there``; ``write`` makes the chunk of a number, and
-    ``longest`` is what one takes, as far as that is known before.
-    """
-    begin = last = clock()
-    while there < most and (there == 0 or last - begin + longest <= seconds):
-        write(there)
-        there += 1
-        now = clock()
-        longest, last = max(longest, now - last), now
-    return there

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from llm_pruner.commands.prune import PruneRun
+from llm_pruner.commands.prune_result import result_of
 from llm_pruner.commands.workdir import MEASURING, Work, contents, move_result, opened
 from llm_pruner.data.calibration import Calibration, check_calibration, read_calibration
 from llm_pruner.data.sequences import added_tokens
@@ -31,7 +28,6 @@ from llm_pruner.evaluation.perplexity import (
     perplexity,
     perplexity_of_windows,
 )
-from llm_pruner.files.disk import expanded, new_file, tidy
 from llm_pruner.files.outputs import (
     atomic_directory,
     check_output,
@@ -40,10 +36,11 @@ from llm_pruner.files.outputs import (
     write_output,
 )
 from llm_pruner.models.activation_store import HiddenStates
+from llm_pruner.models.blockwise import know_copy
 from llm_pruner.models.forward import maximum_length
 from llm_pruner.models.layers import sharing_copy
-from llm_pruner.models.load import LoadedModel, check, load
-from llm_pruner.models.streaming import is_model_streamed
+from llm_pruner.models.load import LoadedModel, check, check_memory, load
+from llm_pruner.models.stored import check_file_states, file_states
 from llm_pruner.planning import Plan
 from llm_pruner.report.curve import DATA_FILE, drawn_files
 from llm_pruner.report.records import Curve, CurvePoint, Smallest
@@ -64,8 +61,6 @@ from llm_pruner.version import __version__
 WINDOW = 512
 """Tokens in a window of ``--text``, if the model reads so many."""
 
-_SHARED, _SCORE = "shared.safetensors", "score."
-
 
 def curve(
     settings: CurveSettings,
@@ -77,7 +72,7 @@ def curve(
     """Measure a model at several sizes; write plans, data and page to ``settings.out``.
 
     Until it is done all lies in a folder beside ``out`` with the ending ``.measuring``. A run that
-    was interrupted goes on from there with the points that are missing.
+    was interrupted goes on there with the points that are missing, after a new estimate.
 
     Raises:
         UserError: something that was given must change.
@@ -85,52 +80,45 @@ def curve(
     only_one("curve")
     check_place(settings.out, "--out")
     work = MEASURING.beside(settings.out)
-    tidy(work)
     if not (work / "result.json").is_file() or settings.restart:
         check_settings(settings)
-    with opened(work, about(settings), restart=settings.restart, kind=MEASURING) as run:
+    with opened(work, about(settings), restart=settings.restart) as run:
         if run.continued:
             going_on(work)
+        stored = file_states(settings.model)
         try:
             done = run.once("result", Curve, lambda: _Stages(settings, run, tell).all(command))
         except BaseException:
             if not any(run.folder.glob("point-*.json")):
                 run.remove()  # nothing was done that is worth going on with
             raise
+        check_file_states(stored)
         move_result(run.path("curve"), settings.out, settings.overwrite, settings.reads)
         run.remove()
     return replace(done, report=page_in(settings.out))
 
 
 def check_settings(settings: CurveSettings) -> None:
-    """Raise UserError for what can be refused before a model is loaded."""
+    """Raise UserError for places, texts and models that cannot be used."""
     check_output(settings.out, settings.overwrite, settings.reads)
     check_text(settings)
-    runs = [PruneRun(settings.pruning(ratio)) for ratio in settings.ratios]
-    for run in runs:
-        run.check()
-    if settings.text is None or runs[0].reads_text or runs[0].repairs:
-        others = filter(None, [settings.text])
-        check_calibration(settings, settings.loading(), others)
+    run = PruneRun(settings.pruning(settings.ratios[0]))
+    run.check()
+    if settings.text is None or run.reads_text or run.repairs:
+        check_calibration(settings, settings.loading(), filter(None, [settings.text]))
     if settings.text is not None:
         _given_text(settings)
     check(settings.loading())
+    check_memory(settings.computing(), settings.memory)
 
 
 def check_text(settings: CurveSettings) -> None:
     """Raise UserError for a text to measure on that is calibrated on."""
-    if settings.text is not None and _is_among(settings.text, shares_of(settings.calibration)):
+    if settings.text in shares_of(settings.calibration):
         raise UserError(
             f"--text {settings.text} is the calibration text, which the models are fitted to; "
             "leave --text out to measure on the rest of it, or give another"
         )
-
-
-def _is_among(source: str, others: Collection[str]) -> bool:
-    """Whether a source is one of others, by whatever path its file is named."""
-    of, *rest = (expanded(one) for one in (source, *others))
-    there = [one for one in rest if of.exists() and one.exists()]
-    return source in others or any(map(of.samefile, there))
 
 
 def about(settings: CurveSettings) -> dict[str, Any]:
@@ -151,14 +139,12 @@ class CurveRun:
     """Makes points of one model; they share calibration text, first estimate and its predictions.
 
     Args:
-        loaded: the dense model, where it is there already; left as it is.
-        discovery: its groups, likewise.
+        loaded, discovery: the dense model, which stays as it is, and its groups, if they are there.
 
     Attributes:
-        scores: the dense model's importance; empty until it is estimated.
-        damage: what its groups do alone, likewise, where trials say so.
-        known: the dense model's hidden states on this text, likewise.
-        round_to, repairs: what the first point found, which holds for all; None until it has.
+        scores, damage, known: of the dense model: importance, damage by each group alone, hidden
+            states on the calibration text; empty until the first point is made.
+        round_to, repairs: as the first point has them, for all points; None until then.
         clock: seconds of what all points share, but for the estimate.
     """
 
@@ -198,7 +184,7 @@ class CurveRun:
         run.repair()
         measured = self._measure(run.network)
         run.clock.stop("measure")
-        done = run.result()
+        done = result_of(run)
         assert run.plan is not None
         assert measured.divergence is not None
         return run.plan, CurvePoint(
@@ -219,9 +205,11 @@ class CurveRun:
             settings = settings.but(round_to=self.round_to)
         if self.repairs is False:
             settings = settings.but(repair_minutes=0.0)
+        model, copied = self.loaded.model, sharing_copy(self.loaded.model)
+        know_copy(model, copied)
         run = PruneRun(
             settings,
-            loaded=replace(self.loaded, model=sharing_copy(self.loaded.model)),
+            loaded=replace(self.loaded, model=copied),
             discovery=self.discovery,
             text=self.text,
             scores=self.scores,
@@ -229,6 +217,7 @@ class CurveRun:
         )
         run.check()
         run.load()
+        know_copy(copied, model)
         self.repairs = run.repairs
         if settings.round_to == "auto":  # it is timed, and holds for all points
             run.reach()
@@ -286,13 +275,12 @@ def _given_text(settings: CurveSettings) -> EvaluationText:
 
 
 class _Stages(CurveRun):
-    """The same in a folder that keeps what is there, so that it is made once."""
+    """The same in a folder that keeps the points that are done."""
 
     def __init__(self, settings: CurveSettings, work: Work, tell: Callable[[str], None]) -> None:
         tell("loading the model")
         super().__init__(settings)
         self.work, self.tell, self.missed = work, tell, dict[str, str]()
-        self._remember()
 
     def all(self, command: str | None) -> Curve:
         """Make the points that are missing and the answer; write the folder ``curve``."""
@@ -340,7 +328,6 @@ class _Stages(CurveRun):
         def make() -> CurvePoint:
             self.tell(f"{percent(ratio)} removed")
             plan, point = self.point(ratio)
-            self._share()
             write_output(self.work.path(point.plan), plan.to_json())
             return point
 
@@ -364,54 +351,6 @@ class _Stages(CurveRun):
         point = known.get(answer.removed) or self._kept_point(answer.removed)
         outside = None if point else self.missed.pop(str(answer.removed))
         return replace(answer, point=point, outside=outside)
-
-    def _share(self) -> None:
-        """Keep text, estimate and what was found for all points for a run that goes on."""
-        place = self.work.path(_SHARED)
-        if place.exists():
-            return
-        tensors = {_SCORE + name: torch.from_numpy(one) for name, one in self.scores.items()}
-        about = {"round_to": json.dumps(self.round_to), "repairs": json.dumps(self.repairs)}
-        if self.damage:
-            about["damage"] = json.dumps({name: asdict(one) for name, one in self.damage.items()})
-        if self.text is not None:
-            tensors |= {"text": self.text.input_ids, "unseen": self.text.unseen}
-            about["text"] = json.dumps(self.text.settings)
-        with new_file(place) as partial:
-            save_file(tensors, partial, about)
-
-    def _remember(self) -> None:
-        """Take what an interrupted run has kept; UserError if the rest cannot be made alike."""
-        place = self.work.path(_SHARED)
-        if not place.exists():
-            return
-        try:
-            with safe_open(place, "pt") as file:
-                names = file.keys()
-                found = {name: file.get_tensor(name) for name in names}
-                metadata = file.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{place} is damaged; begin anew with --restart") from error
-        self.round_to = json.loads(metadata.get("round_to", "null"))
-        self.repairs = json.loads(metadata.get("repairs", "null"))
-        files = (self.work.path(f"point-{ratio}.json") for ratio in self.settings.ratios)
-        missing = any(not file.exists() for file in files)
-        if missing and self.repairs and is_model_streamed(self.loaded.model):
-            raise UserError(
-                f"{self.work.folder.name} holds an interrupted run that repairs each point, and "
-                "weights that are read block by block, as now, are not repaired; give more "
-                "--memory to go on, or --restart to throw it away"
-            )
-        if "text" in metadata:
-            about = json.loads(metadata["text"])
-            self.text = Calibration(found["text"], about["source"], about, found["unseen"])
-        damage = json.loads(metadata.get("damage", "{}"))
-        self.damage = {name: Damage(*map(tuple, one.values())) for name, one in damage.items()}
-        self.scores = {
-            name.removeprefix(_SCORE): tensor.numpy()
-            for name, tensor in found.items()
-            if name.startswith(_SCORE)
-        }
 
 
 def smallest_for(max_damage: str, points: Sequence[CurvePoint]) -> Smallest:

@@ -51,43 +51,38 @@ def _kind(kind: str, discovery: Discovery, counter: ParameterCounter) -> dict[st
     """Sum up the groups of one kind; other kinds may hold the same parameters."""
     groups = [group for group in discovery.groups if group.kind == kind]
     free = [group for group in groups if group.frozen is None]
-    parameters = _touched(free, counter)
-    return {
-        "kind": kind,
-        "groups": len(groups),
-        "prunable_units": sum(group.size for group in free),
-        "parameters": parameters,
-        "share": parameters / counter.total,
-    }
+    units = sum(group.size for group in free)
+    return {"kind": kind, "groups": len(groups), "prunable_units": units, **_share(free, counter)}
 
 
 def _group(group: Group, counter: ParameterCounter) -> dict[str, Any]:
-    parameters = _touched([group], counter)
+    members = [
+        {
+            "tensor": member.tensor,
+            "dim": member.dim,
+            "positions_per_unit": member.index.shape[1],
+            "buffer": member.buffer,
+        }
+        for member in group.members
+    ]
     return {
         "name": group.name,
         "kind": group.kind,
         "layer": group.layer,
         "units": group.size,
-        "parameters": parameters,
-        "share": parameters / counter.total,
+        **_share([group], counter),
         "frozen": group.frozen,
         "multiple": group.multiple,
         "least": group.least,
         "blocks": None if group.blocks is None else len(set(group.blocks.tolist())),
         "companions": {c.group: str(c.ratio) for c in group.companions},
-        "members": [
-            {
-                "tensor": member.tensor,
-                "dim": member.dim,
-                "positions_per_unit": member.index.shape[1],
-                "buffer": member.buffer,
-            }
-            for member in group.members
-        ],
+        "members": members,
         "modules": list(group.modules),
     }
 
 
-def _touched(groups: Iterable[Group], counter: ParameterCounter) -> int:
+def _share(groups: Iterable[Group], counter: ParameterCounter) -> dict[str, Any]:
     """Return how many parameters lie in some unit of the groups; each counts once."""
-    return counter.total - counter.count({one.name: np.arange(one.size) for one in groups})
+    left = counter.count({one.name: np.arange(one.size) for one in groups})
+    touched = counter.total - left
+    return {"parameters": touched, "share": touched / counter.total}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +16,8 @@ from llm_pruner.data.text import shares_of
 from llm_pruner.errors import UserError
 from llm_pruner.files import outputs
 from llm_pruner.importance import Criterion
-from llm_pruner.models.activation_store import free_on_disk, scratch_folder
-from llm_pruner.models.checkpoint_files import stored_size
+from llm_pruner.models.activation_store import free_on_disk
+from llm_pruner.models.stored import stored_size
 from llm_pruner.planning import Selection, Target
 from llm_pruner.report.text import megabytes
 from llm_pruner.settings.common import CalibrationSettings, ModelSettings, OutputSettings
@@ -77,28 +76,17 @@ def criterion_of(settings: PruneSettings) -> Criterion:
 
 
 def finds_split(settings: PruneSettings, criterion: Criterion) -> bool:
-    """Return whether the split of the budget is found by trial removals.
+    """Return whether trial removals find how structures share the budget.
 
-    Where it was not asked for by name, it is where there is something to split and the criterion
-    reads text anyway. Raises UserError where it is asked for and no parameters are counted.
+    Where that was not asked for by name, they do if there is something to share and text is read
+    anyway.
     """
-    asked = "split" in settings.given
-    for name, counted in (("kv_cache", "the cache"), ("unit_ratio", "units")):
-        value = getattr(settings, name)
-        if value is not None and asked and settings.split != "equal":
-            raise UserError(
-                f"a split shares out parameters, and {name}={value} counts {counted}; drop one of "
-                "them"
-            )
-    if settings.split != "auto":
+    counts_parameters = settings.unit_ratio is None and settings.kv_cache is None
+    if settings.split != "auto" or not counts_parameters:
         return False
-    return asked or (
-        settings.unit_ratio is None
-        and settings.kv_cache is None
-        and len(settings.structures) > 1
-        and criterion.reads_text
-        and settings.samples > 1
-    )
+    if "split" in settings.given:
+        return True
+    return len(settings.structures) > 1 and criterion.reads_text and settings.samples > 1
 
 
 def default_protection(discovery: Discovery) -> tuple[int, int]:
@@ -114,22 +102,14 @@ def default_protection(discovery: Discovery) -> tuple[int, int]:
 
 
 def tries_layers(settings: PruneSettings, criterion: Criterion) -> bool:
-    """Return whether trials of each layer alone say how much each one loses.
+    """Return whether trials of each layer alone find how much each one loses.
 
-    Where they were not asked for by name, only if text is there anyway. Raises UserError where all
-    layers lose the same, or there is no text to judge by.
+    Where that was not asked for by name, they do if text is read anyway. They share the budget out
+    between layers, which ``scope="global"`` allows, and are judged on samples of their own.
     """
-    if not settings.layer_trials:
+    if not settings.layer_trials or settings.scope != "global" or settings.samples < 2:
         return False
-    why = None
-    if settings.scope != "global":
-        why = "share the budget out between layers, and with --scope local all lose the same share"
-    elif settings.samples < 2:
-        why = f"are judged on text of their own, and --samples is {settings.samples}"
-    asked = "layer_trials" in settings.given
-    if why is not None and asked:
-        raise UserError(f"--layer-trials {why}; leave it out, or change that")
-    return why is None and (asked or criterion.reads_text)
+    return "layer_trials" in settings.given or criterion.reads_text
 
 
 def planned(
@@ -178,60 +158,33 @@ def check_out(out: Path, overwrite: bool, dry_run: bool, reads: Sequence[outputs
     """Raise UserError if a run cannot write to ``out``: a folder, or with ``dry_run`` a file."""
     if not dry_run:
         outputs.check_output(out, overwrite, reads)
-    elif os.path.isdir(out):
+    elif out.is_dir():
         raise UserError(f"{out} is a folder; with --dry-run, --out names the plan file to write")
-    elif os.path.isfile(out) and not overwrite:
+    elif out.is_file() and not overwrite:
         raise UserError(f"{out} exists; give another --out, or --overwrite to replace it")
     else:
         outputs.check_file("--out", out, "plan", reads)
 
 
 def check_space(
-    out: Path,
-    model: ModelSettings,
-    target: Target | None = None,
-    *,
-    copies: float = 1,
-    share: float | None = None,
-    beside: int = 0,
-    freed: int = 0,
+    out: Path, model: ModelSettings, target: Target | None = None, *, copies: float = 1
 ) -> None:
-    """Raise UserError if the disk is too full for the weights of a result.
+    """Raise UserError if the disk has no room for the weights of ``copies`` results.
 
-    They are estimated from the headers of the model's weight files, the type in which the model is
-    loaded and saved, and the share that is kept; the rest of a checkpoint is small beside them. A
-    model that is not on this machine yet is not asked about.
+    Their size follows from the headers of the weight files, the type in which they are saved and
+    the share that is kept. Nothing is known of a model that is not on this machine yet.
 
     Args:
         target: what is removed; None: nothing.
-        copies: how many such results lie there at one time.
-        share: what is kept, where that is known.
-        beside: bytes that lie in the temporary folder as well by then, maybe on the same disk.
-        freed: bytes that lie there now, and not by then.
-
-    Raises:
-        UserError: or a weight file is damaged, or the model has no more parameters than are to be
-            kept.
     """
     stored = stored_size(model.model, model.revision, model.dtype)
     if stored is None:
         return
     parameters, bytes_ = stored
-    share = share_kept(target, parameters) if share is None else share
-    needed = int(bytes_ * share * copies)
-    free, folder = outputs.free_bytes(out), scratch_folder()
-    if beside > free_on_disk():
-        raise UserError(
-            f"the refit needs about {megabytes(beside)} for new weights, and {folder} has "
-            f"{megabytes(free_on_disk())} free; set TMPDIR to a larger disk, or use --compensation "
-            "none"
-        )
-    if os.stat(folder).st_dev == os.stat(outputs.nearest(out)).st_dev:
-        needed, free = needed + beside, free + freed
+    needed, free = int(bytes_ * share_kept(target, parameters) * copies), outputs.free_bytes(out)
     if needed > free:
-        kind = "" if model.dtype == "auto" else f" in {model.dtype}"
         raise UserError(
-            f"{out} needs about {megabytes(needed)} for weights{kind}, and the disk of "
+            f"{out} needs about {megabytes(needed)} for weights, and the disk of "
             f"{outputs.nearest(out)} has {megabytes(free)} free; free some, or give another --out"
         )
 
@@ -246,11 +199,10 @@ def writes_slowly(
     return written and not faster_in_bfloat16(parameters, kind, device)
 
 
-def holds_new_weights(settings: PruneSettings, size: tuple[int | None, int] | None) -> bool:
-    """Whether the disk has room for the new weights of a refit of a model of this `stored_size`."""
-    same = os.stat(scratch_folder()).st_dev == os.stat(outputs.nearest(settings.out)).st_dev
-    times = 2 if same and not settings.dry_run else 1
-    return size is None or times * size[1] < free_on_disk()
+def holds_new_weights(size: tuple[int | None, int] | None) -> bool:
+    """Whether the disk has room for the new weights of a refit of a model of this `stored_size`,
+    and for the folder that is written, if that is on the same disk."""
+    return size is None or 2 * size[1] < free_on_disk()
 
 
 def share_kept(target: Target | None, parameters: int | None) -> float:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import glob
 import shlex
-from collections.abc import Sequence
 from fnmatch import fnmatch
 
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -20,7 +19,7 @@ LOCAL = (
     *(".*", "adapter/*", "recovery.json", "report.html", "report.json", "request.yaml"),
     "vocabulary.json",
 )
-"""What stays here: it names folders, texts and the machine, or belongs to another model."""
+"""What is not uploaded: it names folders, texts and the machine, or belongs to another model."""
 
 REPLACED = (
     *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "*.py"),
@@ -28,32 +27,24 @@ REPLACED = (
     *("chat_template.jinja", "chat_template.json", "tokenizer.model", "tekken.json"),
     *("README.md", "plan.json"),
 )
-"""What an earlier upload may have left there, which would be loaded, or read, in place of what is
-new; what is uploaded is not deleted.
-
-Only files beside the config are: other folders are nobody's here.
-"""
+"""Files of an earlier upload beside the config, which would be loaded with the new ones."""
 
 
-def check_push(settings: OutputSettings, *, dry_run: bool = False) -> None:
+def check_push(settings: OutputSettings) -> None:
     """Raise UserError for an upload that cannot be; nothing is sent to find that out."""
     repository = settings.push_to_hub
     if repository is None:
-        if settings.private:
-            raise UserError("--private is about --push-to-hub REPO; add that, or leave it out")
         return
-    asked = f"--push-to-hub {repository}"
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise UserError(f"{asked} is no repository; write such as me/small") from error
-    if dry_run:
-        raise UserError(f"{asked} is about a model, and --dry-run writes a plan; leave one out")
-    if constants.HF_HUB_OFFLINE:
-        raise UserError(f"{asked} needs a network, and HF_HUB_OFFLINE is set; unset it")
+        raise UserError(
+            f"--push-to-hub {repository} is no repository; write such as me/small"
+        ) from error
     if get_token() is None:
         raise UserError(
-            f"{asked} needs an account of the hub; run 'hf auth login', or set HF_TOKEN"
+            f"--push-to-hub {repository} needs an account of the hub; run 'hf auth login', or set "
+            "HF_TOKEN"
         )
 
 
@@ -65,30 +56,30 @@ def push(settings: OutputSettings) -> str | None:
     repository, out = settings.push_to_hub, settings.out
     if repository is None:
         return None
-    api, there = HfApi(), list[str]()
+    api = HfApi()
     try:
         with quiet_bars("huggingface_hub"):
             made = api.create_repo(repository, private=settings.private or None, exist_ok=True)
-            if settings.private and not api.repo_info(made.repo_id).private:
-                raise LLMPrunerError(
-                    f"{out} is complete, but {repository} is there already and everybody sees it, "
-                    "so nothing was uploaded; make it private on the hub, or take another name"
+            private = not settings.private or api.repo_info(made.repo_id).private
+            if private:
+                there = [name for name in api.list_repo_files(made.repo_id) if _is_replaced(name)]
+                api.upload_folder(
+                    repo_id=made.repo_id,
+                    folder_path=out,
+                    commit_message=f"Upload of llm-pruner {__version__}",
+                    ignore_patterns=list(LOCAL),
+                    delete_patterns=[glob.escape(name) for name in there],
                 )
-            there = [name for name in api.list_repo_files(made.repo_id) if _is_replaced(name)]
-            api.upload_folder(
-                repo_id=made.repo_id,
-                folder_path=out,
-                commit_message=f"Upload of llm-pruner {__version__}",
-                ignore_patterns=list(LOCAL),
-                delete_patterns=[glob.escape(name) for name in there],
-            )
-    except LLMPrunerError:
-        raise
     except Exception as error:  # of the network, the hub or the disk
         raise LLMPrunerError(
             f"{out} is complete, but was not uploaded to {repository} ({in_short(error)}); "
-            f"to try again: {_by_hand(settings, there)}"
+            f"try again with {_by_hand(settings)}"
         ) from error
+    if not private:
+        raise LLMPrunerError(
+            f"{out} is complete, but {repository} is there already and everybody sees it, so "
+            "nothing was uploaded; make it private on the hub, or take another name"
+        )
     return str(made)
 
 
@@ -97,9 +88,8 @@ def _is_replaced(name: str) -> bool:
     return templates or ("/" not in name and any(fnmatch(name, one) for one in REPLACED))
 
 
-def _by_hand(settings: OutputSettings, replaced: Sequence[str]) -> str:
-    """Return the command that does the same."""
-    words = ["hf", "upload", str(settings.push_to_hub), str(settings.out), "."]
-    words += [word for one in LOCAL for word in ("--exclude", one)]
-    words += [word for one in replaced for word in ("--delete", glob.escape(one))]
+def _by_hand(settings: OutputSettings) -> str:
+    """Return a command that uploads the same."""
+    excluded = [word for one in LOCAL for word in ("--exclude", one)]
+    words = ["hf", "upload", str(settings.push_to_hub), str(settings.out), ".", *excluded]
     return shlex.join(words + ["--private"] * settings.private)

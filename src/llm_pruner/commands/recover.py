@@ -38,7 +38,7 @@ from llm_pruner.evaluation.perplexity import (
     perplexity,
     perplexity_of_windows,
 )
-from llm_pruner.files.disk import short_digest, tidy
+from llm_pruner.files.disk import remove, short_digest
 from llm_pruner.files.outputs import (
     RECOVERY_FILE,
     check_output,
@@ -46,9 +46,9 @@ from llm_pruner.files.outputs import (
     check_shard_size,
     write_output,
 )
-from llm_pruner.models.checkpoint_files import dtype_named, local_path, records_of, stored_size
 from llm_pruner.models.forward import check_length, dtype_name, embedding_rows
 from llm_pruner.models.load import LoadedModel, load, stored_dtype
+from llm_pruner.models.stored import dtype_named, local_path, records_of, stored_size
 from llm_pruner.recovery import Outcome, Progress, Teacher, recover_
 from llm_pruner.recovery.arguments import trainer_arguments
 from llm_pruner.recovery.callbacks import EndAt
@@ -124,8 +124,6 @@ def recover_checkpoint(
         bf16 = settings.dtype in ("float32", "auto") and multiplies_bfloat16(where)
     here = settings.but(device=device, bf16=bf16)
     work = workdir.RECOVERING.beside(settings.out)
-    if not settings.overwrite:
-        workdir.remove_finished(work, settings.out)
     check_run(here, work)
     with joined(device) as processes:
         processes.barrier()  # from here on, the folders that were looked at may change
@@ -140,7 +138,7 @@ def _begun(work: Path, processes: Processes) -> Iterator[None]:
         refused = None
         if processes.is_first:
             try:
-                held.enter_context(workdir.begun(work, workdir.RECOVERING))
+                held.enter_context(workdir.begun(work))
             except UserError as error:
                 refused = error
         if processes.from_first(float(refused is not None)):
@@ -224,7 +222,7 @@ class _Run:
         control = None if self.controlling is None else self._reference(self.controlling)
         writes = self.processes.is_first
         if settings.restart and writes:
-            workdir.empty(self.work, workdir.RECOVERING)
+            workdir.empty(self.work)
         with self.processes.first():  # it writes what the others read
             self.samples = make_samples(settings, self.work, self.loaded, self.dense, examples)
             self.facts = facts_of(settings, self.loaded, self.dense, self.samples)
@@ -385,6 +383,9 @@ class _Run:
     def _save(self, result: Recovered, network: Any) -> Recovered:
         """Write the folder and throw the run's own away."""
         settings, loaded = self.settings, self.loaded
+        for one in (loaded, self.dense):
+            if one is not None:
+                one.check_stored()
         plan, earlier = self.made / "plan.json", known_report(self.made)
 
         def beside(folder: Path, kind: SavedAs, needs: tuple[str, ...]) -> None:
@@ -392,7 +393,6 @@ class _Run:
             result = replace(result, saved_as=kind, needs=needs)
             write_request(folder, self.asked)
             write_output(folder / RECOVERY_FILE, result.lasting())
-            workdir.note_result(self.work, folder)
             if self.adapter is not None and result.gained:
                 shutil.copytree(self.adapter, folder / "adapter")
             report = recovery_report(
@@ -420,7 +420,7 @@ class _Run:
             max_shard_size=settings.max_shard_size,
             beside=beside,
         )
-        workdir.remove_run(self.work, workdir.RECOVERING)
+        remove(self.work)
         return replace(result, bytes=saved.bytes, report=page_in(saved.path))
 
 
@@ -475,10 +475,6 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
         )
     if settings.resume and settings.restart:
         raise UserError("--resume and --restart say different things; give one of them")
-    tidy(work)
-    workdir.check_ours(work, workdir.RECOVERING)
-    if workdir.is_busy(work):
-        raise workdir.busy(work)
     if work.exists() and not (settings.resume or settings.restart):
         raise UserError(
             f"{work.name} holds a run that was interrupted; go on with --resume, or throw "

@@ -1,21 +1,25 @@
-"""The refit after a cut: on which text, by how much of it judged, and kept only if it is a gain."""
+"""Refit and repair after a cut: on which text, and kept only if held-out text says it is a gain."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
 
+from llm_pruner.checkpoints.save import round_
 from llm_pruner.compensation import Refitted, refit_
-from llm_pruner.compensation.refit import KINDS
-from llm_pruner.data.calibration import Calibration, further_text
+from llm_pruner.data.calibration import FURTHER, Calibration, further_text
+from llm_pruner.errors import UserError
 from llm_pruner.models.activation_store import HiddenStates
+from llm_pruner.models.blockwise import NotBlockwise, find_chain, know_copy
+from llm_pruner.models.forward import embedding_rows, undisturbed
 from llm_pruner.models.layers import sharing_copy
-from llm_pruner.models.linear_modules import consumers_of, linear_modules
 from llm_pruner.models.load import LoadedModel
-from llm_pruner.models.mapped_weights import FILES
 from llm_pruner.models.streaming import is_model_streamed, new_weights_in
+from llm_pruner.report.records import Training
 from llm_pruner.runtime.memory import give_back
 from llm_pruner.runtime.precision import mixed_precision
 from llm_pruner.search.divergence import divergences
@@ -23,6 +27,8 @@ from llm_pruner.search.structure_split import hold_out
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.surgery.pruner import Surgeon
 from llm_pruner.types import Discovery, Removal
+
+_LOG = logging.getLogger(__name__)
 
 JUDGED = 1024
 """Held-out tokens that all refits together are judged on."""
@@ -51,6 +57,60 @@ def text_to_refit(
     return fitted, judged
 
 
+def why_no_chain(network: nn.Module) -> str | None:
+    """Return why a model is no chain of blocks, which a refit needs; None if it is."""
+    some = torch.arange(8, device=next(network.parameters()).device)[None]
+    try:
+        with undisturbed(network), torch.enable_grad():
+            find_chain(network, some % embedding_rows(network), {}, carries=True)
+    except NotBlockwise as reason:
+        return str(reason)
+    return None
+
+
+def repaired(
+    loaded: LoadedModel,
+    dense: nn.Module,
+    settings: PruneSettings,
+    text: Calibration,
+    saved: torch.dtype,
+) -> Training | None:
+    """Train a pruned model on the predictions of the dense one; None if that cannot be.
+
+    Args:
+        text: a part of it judges the training, the rest and further text are trained on.
+        saved: the type in which the weights will be saved.
+    """
+    from llm_pruner.recovery import repair_  # takes a second to import
+
+    held_out, fitted = hold_out(text.input_ids)
+    apart = torch.stack([*held_out, *text.unseen])
+    try:
+        done = repair_(
+            loaded.model,
+            dense,
+            further_text(loaded, settings, fitted, apart, FURTHER, settings.seed),
+            held_out,
+            minutes=settings.repair_minutes,
+            seed=settings.seed,
+            as_saved_=partial(round_, dtype=saved),
+        )
+    except (UserError, torch.OutOfMemoryError) as reason:  # the model is as it was before
+        full = isinstance(reason, torch.OutOfMemoryError)
+        _LOG.warning("no repair: %s", "the GPU has no room" if full else reason)
+        return None
+    return Training(
+        before=done.before.loss,
+        after=done.after.loss,
+        gained=done.gained,
+        steps=done.steps,
+        best_step=done.run.evaluations[done.run.best].step,
+        stopped=done.run.stopped,
+        tokens=done.run.tokens,
+        seconds=done.run.seconds,
+    )
+
+
 class Refitter:
     """Brings the pruned model nearer to the dense one after each cut, if that is a gain.
 
@@ -64,22 +124,9 @@ class Refitter:
         self, loaded: LoadedModel, discovery: Discovery, surgeon: Surgeon, saved: torch.dtype
     ) -> None:
         self._model, self._dense = loaded.model, sharing_copy(loaded.model)
+        know_copy(self._model, self._dense)
         self._discovery, self._surgeon, self._saved = discovery, surgeon, saved
         self.done: list[Refitted] = []
-
-    def bytes_on_disk(self, removal: Removal) -> int:
-        """Return what new weights take there, as large as the dense ones; none in memory."""
-        if not is_model_streamed(self._dense) or not FILES:
-            return 0
-        gone = {one.kind for one in self._discovery.groups if len(removal.get(one.name, ()))}
-        linear = linear_modules(self._dense)
-        weights = {
-            f"{consumer.module}.weight"
-            for group in self._discovery.groups
-            if group.kind in KINDS and (not gone <= {*KINDS} or len(removal.get(group.name, ())))
-            for consumer in consumers_of(self._dense, group, linear)
-        }
-        return sum(self._dense.get_parameter(one).numel() for one in weights) * self._saved.itemsize
 
     def refit(
         self,

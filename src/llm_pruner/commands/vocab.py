@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,16 @@ from llm_pruner.checkpoints import save_checkpoint
 from llm_pruner.commands.prune_start import check_space
 from llm_pruner.commands.publish import check_push
 from llm_pruner.data.calibration import documents_of
-from llm_pruner.data.files import is_file_name, read_rows
 from llm_pruner.data.sequences import bare_ids, template_ids
 from llm_pruner.data.text import EvaluationText, check_named
 from llm_pruner.data.vocabulary import Ids, Vocabulary, vocabulary_of
 from llm_pruner.errors import UserError, VerificationError
-from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.evaluation.perplexity import perplexity
-from llm_pruner.files.disk import expanded
 from llm_pruner.files.outputs import check_output, check_shard_size, write_output
-from llm_pruner.models.checkpoint_files import records_of
 from llm_pruner.models.forward import embedding_rows, maximum_length
 from llm_pruner.models.gguf_file import drop_tokens_beyond_
 from llm_pruner.models.load import LoadedModel, load, load_tokenizer
-from llm_pruner.planning import Target
+from llm_pruner.models.stored import records_of
 from llm_pruner.report.records import Change
 from llm_pruner.report.write import write_request
 from llm_pruner.runtime.precision import exact_products
@@ -88,12 +83,10 @@ def vocab(settings: VocabSettings) -> Trimmed:
     check_output(settings.out, settings.overwrite, settings.reads)
     check_shard_size(settings.max_shard_size)
     check_push(settings)
+    check_space(settings.out, settings.loading())
     how = {"split": settings.text_split, "text_field": settings.text_field}
     check_named(settings.text, option="--text-split", **how)
-    for source in filter(is_file_name, settings.text):
-        read_rows(expanded(source))  # which refuses what is no text
     tokenizer = load_tokenizer(settings.loading())
-    _known(load(settings.loading(), weights=False, tokenizer=tokenizer), settings)
     read, apart = _texts(settings)
     loaded = load(settings.loading(), tokenizer=tokenizer)
     model, rows = loaded.model, embedding_rows(loaded.model)
@@ -119,17 +112,11 @@ def vocab(settings: VocabSettings) -> Trimmed:
 
 
 def _known(loaded: LoadedModel, settings: VocabSettings) -> Vocabulary:
-    """Return what the tokenizer knows; refuse a model or size that cannot be, or has no room.
-
-    A model without weights does not say which tokens ``generation_config.json`` names.
-    """
+    """Return what the tokenizer knows; UserError for a model or size that cannot be."""
     model, tokenizer = loaded.model, loaded.tokenizer
     assert tokenizer is not None
     check_tables(model)
-    size, rows = model_size(model), embedding_rows(model)
-    gone = (size.embedding or 0) * (1 - (settings.size or 0) / rows) / size.total
-    most = Target(ratio=gone) if gone > 0 else None
-    check_space(settings.out, settings.loading(), most)
+    rows = embedding_rows(model)
     drop_tokens_beyond_(tokenizer, rows)  # no text can have them that the model reads
     known = vocabulary_of(tokenizer, named_tokens(model) | template_ids(tokenizer))
     if known.size > rows:
@@ -178,12 +165,9 @@ def _require_same_text(dense: Any, smaller: Any, text: str) -> None:
     """Raise UserError if a text is not read back from its tokens as it was with all of them."""
     before, after = (one.decode(bare_ids(one, text)) for one in (dense, smaller))
     if before != after:
-        same = [one == other for one, other in zip_longest(before, after)]
-        place = same.index(False)
-        was, now = (repr(one[place : place + 8]) for one in (before, after))
         raise UserError(
-            f"with fewer tokens the tokenizer gives {now} for {was} of the text kept apart, so "
-            "tokens cannot be taken from it; nothing was written"
+            "with fewer tokens the tokenizer does not give back the text kept apart, so tokens "
+            "cannot be taken from it; nothing was written"
         )
 
 
@@ -241,6 +225,7 @@ def _save(
                 "taken from it; nothing was written"
             )
 
+    loaded.check_stored()
     plan = records_of(settings.model, loaded.revision) / "plan.json"
     saved = save_checkpoint(
         loaded.model,

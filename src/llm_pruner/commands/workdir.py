@@ -1,11 +1,8 @@
-"""The folder in which a run of several stages keeps what it has, to go on after a kill."""
+"""The folder in which a run of several stages keeps its outputs, so that it can go on."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,18 +14,8 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import (
-    discard,
-    expanded,
-    locked,
-    make_parents,
-    put,
-    read_json,
-    remove,
-    remove_empty,
-    tidy,
-)
-from llm_pruner.files.outputs import RECOVERY_FILE, check_output, write_output
+from llm_pruner.files.disk import expanded, locked, put, read_json, remove, short_digest, tidy
+from llm_pruner.files.outputs import check_output, write_output
 from llm_pruner.report.records import as_json
 
 _T = TypeVar("_T")
@@ -36,10 +23,7 @@ _T = TypeVar("_T")
 _SETTINGS, _PROGRESS, _LOCK = "settings.json", "progress.json", "lock"
 
 RUN = "run.json"
-"""What a recovery in progress was asked to do."""
-
-_RESULT = "result.sha256"
-"""How the record begins that the result of a recovery has: in 16 hex digits of its SHA-256."""
+"""Settings of a recovery in progress."""
 
 _DATA = "data_fingerprint"
 
@@ -52,130 +36,72 @@ _CHANGEABLE = (
 
 @dataclass(frozen=True)
 class Kind:
-    """How the folder of a command's runs is called and known.
-
-    Attributes:
-        doing: ending of its name.
-        marks: names of which one lies in every such folder, as a pattern.
-        names: all names that may lie in one, likewise.
-    """
+    """The ending of the folder in which a command works."""
 
     doing: str
-    marks: str
-    names: str
 
     def beside(self, out: Path) -> Path:
-        """Return the folder in which a run that will end in ``out`` keeps what it has."""
-        out = out.resolve()  # beside what a link leads to: renaming does not cross file systems
+        """Return the folder of a run that writes ``out``, on the same file system."""
+        out = out.resolve()
         return out.with_name(f"{out.name}.{self.doing}")
 
 
-_PARTIAL = r"\..+\.(partial|old)-[a-z0-9_]{8}"
-_OF_WORK = f"{_SETTINGS}|{_PROGRESS}|{_LOCK}|{_PARTIAL}"
-"""What lies in the folder of a `Work`."""
-
-COMPRESSING = Kind(
-    "compressing",
-    f"{_SETTINGS}|{_LOCK}",
-    rf"{_OF_WORK}|(dense|pruned|amount|recovered|quantized|result|pruned\.plan)\.json"
-    r"|vocab|pruned|recovered|recovered\.recovering|quantized|replaced|text",
-)
-MEASURING = Kind(
-    "measuring",
-    f"{_SETTINGS}|{_LOCK}",
-    rf"{_OF_WORK}|(plan|point)-[\d.e-]+\.json|result\.json|shared\.safetensors|curve",
-)
-RECOVERING = Kind(
-    "recovering",
-    rf"{RUN}|{_LOCK}|(self|pruned)-[0-9a-f]{{16}}",
-    rf"{RUN}|{_LOCK}|{_RESULT}|{_PARTIAL}|(self|pruned|control)-[0-9a-f]{{16}}|step-\d+|teacher|adapter",
-)
+COMPRESSING, MEASURING, RECOVERING = Kind("compressing"), Kind("measuring"), Kind("recovering")
 
 
-def check_ours(folder: Path, kind: Kind) -> None:
-    """Raise UserError if a folder is there that holds anything but a run."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    strange = [name for name in names if not re.fullmatch(kind.names, name)]
-    if not strange and not any(re.fullmatch(kind.marks, name) for name in names):
-        strange = names
-    if strange or (os.path.lexists(folder) and not folder.is_dir()):
-        holds = f"holds {min(strange)}, which no run wrote" if strange else "is no folder"
-        raise UserError(
-            f"{folder.name} {holds}, and a run would keep its work there; move that away or give "
-            "another --out"
-        )
-
-
-def is_busy(folder: Path) -> bool:
-    """Whether another process is at work in the folder of a run."""
-    with locked(folder / _LOCK, shared=True) as free:  # several that ask do not see each other
-        return free is False and (folder / _LOCK).exists()
-
-
-def empty(folder: Path, kind: Kind) -> None:
-    """Remove all of a run but its lock; nothing that is not its own."""
+def empty(folder: Path) -> None:
+    """Remove all of a run but its lock."""
     for path in folder.iterdir():
-        if path.name != _LOCK and re.fullmatch(kind.names, path.name):
+        if path.name != _LOCK:
             remove(path)
 
 
-def remove_run(folder: Path, kind: Kind) -> None:
-    """Remove a run; half of it is never found. What came to lie there besides stays."""
-    try:
-        check_ours(folder, kind)
-    except UserError:
-        empty(folder, kind)
-        remove(folder / _LOCK)
-    else:
-        discard(folder)
-
-
 @contextmanager
-def begun(folder: Path, kind: Kind) -> Iterator[None]:
-    """Make the folder of a run, if it is not there, and hold it for this process.
+def begun(folder: Path) -> Iterator[None]:
+    """Make the folder of a run, if it is not there, and lock it for this process.
 
-    If the block raises and nothing was done that is worth going on with, it is removed. Raises
-    UserError if it holds something else, or another process is at work in it.
+    If the block raises before anything was done, the folder is removed. Raises UserError if the
+    folder is not that of a run, or another process works in it.
     """
-    tidy(folder)
-    check_ours(folder, kind)
-    unlocked = not (folder / _LOCK).exists()
-    nothing = {_LOCK} if (folder / RUN).exists() else {_LOCK, RUN}
-    made = make_parents(folder)
-    try:
-        (folder / _LOCK).touch()
-        with locked(folder / _LOCK) as free:
-            if free is False:  # or another was just done, and has removed the folder
-                raise busy(folder)
-            try:
-                yield
-            except BaseException:
-                with suppress(OSError):
-                    if unlocked:
-                        remove(folder / _LOCK)
-                    if {path.name for path in folder.iterdir()} <= nothing:
-                        remove(folder)
-                raise
-    except BaseException:
-        remove_empty([one for one in made if one != folder])
-        raise
+    lock = folder / _LOCK
+    if folder.exists() and not (lock.exists() or not any(folder.iterdir())):
+        raise UserError(
+            f"{folder.name} is no folder of a run, and a run would keep its work there; move it "
+            "away or give another --out"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    lock.touch()
+    with locked(lock) as free:
+        if free is False:
+            raise busy(folder)
+        begins = not (folder / RUN).exists()
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                if {path.name for path in folder.iterdir()} <= {_LOCK, *[RUN] * begins}:
+                    remove(folder)
+            raise
+
+
+def busy(folder: Path) -> UserError:
+    """Return what is said where another process has the folder of a run."""
+    return UserError(f"another process is at work in {folder.name}; wait for it, or end it")
 
 
 class Work:
-    """Settings, decisions and times of a run, and the outputs of its stages, in one folder.
+    """Settings, decisions, times and outputs of a run, in one folder.
 
-    Everything in it appears whole or not at all. What was measured or decided is read again instead
-    of being made again, so that a run that is killed ends as one that is not.
+    What was measured or decided is read again instead of made again, so that a run that was killed
+    ends as one that was not.
 
     Attributes:
-        folder: where all of it lies.
-        kind: how it is known.
         continued: whether an earlier process began the run.
-        seconds: by stage, of all processes, as far as they finished it.
+        seconds: of each stage, summed over all processes of the run.
     """
 
-    def __init__(self, folder: Path, kind: Kind, continued: bool) -> None:
-        self.folder, self.kind, self.continued = folder, kind, continued
+    def __init__(self, folder: Path, continued: bool) -> None:
+        self.folder, self.continued = folder, continued
         progress = read_values(self.path(_PROGRESS)) or {}
         self.seconds: dict[str, float] = dict(progress.get("seconds", {}))
         self._peak = int(progress.get("peak_bytes", 0))
@@ -207,7 +133,7 @@ class Work:
     def once(
         self, name: str, kind: type[_T], make: Callable[[], _T], stage: str | None = None
     ) -> _T:
-        """Return a record that is made once, in a file of this name; the time goes to the stage."""
+        """Return the record in the file ``name``; make and write it if there is none."""
         file = self.path(f"{name}.json")
         if (found := read_values(file, kind)) is not None:
             return found
@@ -217,55 +143,43 @@ class Work:
         return made
 
     def remove(self) -> None:
-        remove_run(self.folder, self.kind)
+        """Remove the folder."""
+        remove(self.folder)
 
 
 def move_result(folder: Path, out: Path, overwrite: bool, reads: Iterable[str]) -> None:
-    """Put a complete folder in its place; one that is gone was moved before a kill."""
+    """Move a complete folder to its place, if that was not done before a kill."""
     tidy(out.resolve())
-    if not folder.is_dir():
-        return
-    check_output(out, overwrite, reads)
-    put(folder, out.resolve())
+    if folder.is_dir():
+        check_output(out, overwrite, reads)
+        put(folder, out.resolve())
 
 
 @contextmanager
-def opened(
-    folder: Path, settings: Mapping[str, Any], *, restart: bool, kind: Kind = COMPRESSING
-) -> Iterator[Work]:
-    """Yield the run in ``folder``; a new one if there is none, or it is to be thrown away.
+def opened(folder: Path, settings: Mapping[str, Any], *, restart: bool) -> Iterator[Work]:
+    """Yield the run in ``folder``; a new one if there is none, or with ``restart``.
 
     ``settings`` are all that decides how the run goes, as plain values. Raises UserError if the run
-    there has others, another process is at it, or the folder holds something else.
+    there has others, or as `begun`.
     """
-    with begun(folder, kind):
+    with begun(folder):
         if restart:
-            empty(folder, kind)
-        for left in folder.glob(".*.partial-*"):  # of a process that was killed as it wrote
+            empty(folder)
+        for left in folder.glob(".*.partial-*"):  # of a process that was killed
             remove(left)
         asked = _flat(json.loads(json.dumps(settings)))
         found = read_values(folder / _SETTINGS)
         if found is None:
-            others = [path.name for path in folder.iterdir() if path.name != _LOCK]
-            if others:
-                raise UserError(
-                    f"{folder.name} holds no run that can go on; remove it, or pass --restart"
-                )
             write_output(folder / _SETTINGS, json.dumps(asked, indent=1) + "\n")
         else:
             _require_same(folder, found, asked)
-        yield Work(folder, kind, continued=found is not None)
+        yield Work(folder, continued=found is not None)
 
 
 def content(source: str) -> str | None:
-    """Return 16 hex digits of the SHA-256 of a text file; None of what is no file."""
-    file, digest = expanded(source), hashlib.sha256()
-    if not file.is_file():
-        return None
-    with file.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
+    """Return 16 hex digits of the SHA-256 of a text file; None if there is no such file."""
+    file = expanded(source)
+    return short_digest(file.read_bytes()) if file.is_file() else None
 
 
 def contents(sources: Iterable[str]) -> dict[str, str | None]:
@@ -274,7 +188,7 @@ def contents(sources: Iterable[str]) -> dict[str, str | None]:
 
 
 def begin_or_go_on(work: Path, facts: dict[str, Any], *, resume: bool, writes: bool) -> None:
-    """Write what decides a recovery, if this process writes; refuse to resume another one."""
+    """Write the settings of a recovery, if this process writes; refuse to resume another one."""
     file, now = work / RUN, json.loads(json.dumps(facts))
     old = (read_values(file) if resume else None) or now
     differ = [key for key in facts if key not in _CHANGEABLE and old.get(key) != now[key]]
@@ -284,7 +198,7 @@ def begin_or_go_on(work: Path, facts: dict[str, Any], *, resume: bool, writes: b
             "writes of them (such as the date), changed since; restore them, or begin anew with "
             "--restart"
         )
-    differ.sort(key=lambda key: key == _DATA)  # it differs for what an option says, too
+    differ.sort(key=lambda key: key == _DATA)  # another option changes it, too
     for key in differ[:1]:
         raise UserError(
             f"the interrupted run has {key}={old.get(key)} and this one {key}={facts[key]}; give "
@@ -292,23 +206,6 @@ def begin_or_go_on(work: Path, facts: dict[str, Any], *, resume: bool, writes: b
         )
     if writes:
         write_output(file, json.dumps(facts, indent=2) + "\n")
-
-
-def note_result(work: Path, made: Path) -> None:
-    """Note the result of a recovery, before it takes its place; no two have the same record."""
-    write_output(work / _RESULT, str(content(str(made / RECOVERY_FILE))))
-
-
-def remove_finished(work: Path, out: Path) -> None:
-    """Remove a run that was killed after its result took its place: that which it noted."""
-    try:
-        noted = (work / _RESULT).read_text(encoding="utf-8")
-        finished = noted == content(str(out / RECOVERY_FILE))
-    except (OSError, ValueError):
-        return
-    if finished and not is_busy(work):
-        with suppress(FileNotFoundError):  # of several processes, one is the first
-            remove_run(work, RECOVERING)
 
 
 def read_values(file: Path, kind: Any = dict[str, Any]) -> Any:
@@ -322,7 +219,7 @@ def read_values(file: Path, kind: Any = dict[str, Any]) -> Any:
 
 
 def peak_memory() -> int:
-    """Return the most bytes that this process or one that it waited for held; 0 if not known."""
+    """Return the most bytes that this process or a finished child of it held; 0 if not known."""
     try:
         import resource
     except ImportError:  # not on Windows
@@ -342,24 +239,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _require_same(folder: Path, found: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    differ = [
-        f"{name}={_said(found.get(name))} and not {_said(asked.get(name))}"
-        for name in {**found, **asked}
-        if found.get(name) != asked.get(name)
-    ]
-    if differ:
-        more = f" ({len(differ) - 1} more differ)" if len(differ) > 1 else ""
-        what = "files" if "content" in differ[0].partition("=")[0].split() else "options"
-        raise UserError(
-            f"{folder.name} holds an interrupted run with {differ[0]}{more}; give the same {what} "
-            "to go on, or --restart to throw it away"
+    for name in {**found, **asked}:
+        before, now = (
+            ",".join(map(str, of)) if isinstance(of, list) else str(of)
+            for of in (found.get(name), asked.get(name))
         )
-
-
-def _said(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def busy(folder: Path) -> UserError:
-    """Return what is said where another process has the folder of a run."""
-    return UserError(f"another process is at work in {folder.name}; wait for it, or end it")
+        if before != now:
+            raise UserError(
+                f"{folder.name} holds an interrupted run with {name}={before} and not {now}; give "
+                "the same options and files to go on, or --restart to throw it away"
+            )

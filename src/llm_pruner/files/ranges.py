@@ -13,7 +13,7 @@ from llm_pruner.types import IntArray
 MOST_UNITS = 2**20
 """No group has more units; bounds what a text may name where the group is not known."""
 
-_ITEM = re.compile(r"(-?[0-9]{1,18})(?:\s*-\s*(-?[0-9]{1,18}))?")
+_ITEM = re.compile(r"([0-9]{1,18})(?:\s*-\s*([0-9]{1,18}))?")
 
 
 def parse_ranges(text: str, size: int | None = None) -> IntArray:
@@ -24,10 +24,9 @@ def parse_ranges(text: str, size: int | None = None) -> IntArray:
         size: number of units there are; a unit outside 0..size-1 is refused if given.
 
     Raises:
-        UserError: malformed, negative, out of range, or a unit that occurs twice.
+        UserError: malformed, out of range, or a unit that occurs twice.
     """
     end = MOST_UNITS if size is None else size
-    named = 0
     parts: list[IntArray] = []
     for item in text.split(",") if text.strip() else []:
         match = _ITEM.fullmatch(item.strip())
@@ -35,18 +34,11 @@ def parse_ranges(text: str, size: int | None = None) -> IntArray:
             raise UserError(
                 f"{item.strip()[:40]!r} is not a unit or a range; write such as '3,17,40-44'"
             )
-        start = int(match[1])
-        stop = start if match[2] is None else int(match[2])
-        if start < 0 or stop < 0:
-            raise UserError(f"unit {min(start, stop)} is negative; units count from 0")
+        start, stop = int(match[1]), int(match[2] or match[1])
         if stop < start:
             raise UserError(f"range {item.strip()} runs backwards; write {stop}-{start}")
-        # Checked before the range is unrolled, so that a slip of the pen costs no memory.
         if stop >= end:
             raise UserError(f"unit {stop} is out of range; there are {end} units, 0 to {end - 1}")
-        named += stop + 1 - start
-        if named > 2 * end:
-            raise UserError(f"more units are named than the {end} that there are; name each once")
         parts.append(np.arange(start, stop + 1, dtype=np.int64))
     units = np.sort(np.concatenate(parts)) if parts else np.zeros(0, dtype=np.int64)
     twice = np.unique(units[1:][units[1:] == units[:-1]])

@@ -15,9 +15,10 @@ from llm_pruner.errors import UserError
 
 
 class ActivationStore:
-    """Arrays of ``samples`` each, up to ``memory`` bytes in memory and the others in files.
+    """Arrays of ``samples`` each, written and read by ranges of them; made when first written to.
 
-    Files are read, not mapped, so that they do not count as resident memory.
+    Files are plain bytes that are read into fresh memory, not mapped, so that what is on disk does
+    not count as resident memory; up to ``memory`` bytes stay there.
     """
 
     def __init__(self, keys: range, samples: int, memory: int) -> None:
@@ -102,7 +103,11 @@ def scratch_folder() -> str:
 
 
 class HiddenStates:
-    """Hidden states before each block, and behind the last, for later passes over the same text."""
+    """The hidden states before each block of a model and behind the last one, or the first of them.
+
+    Found by one pass over a text, such as that of the scores, for those after it that need the same
+    ones of the same model; of no text until ``keep`` is called.
+    """
 
     def __init__(self) -> None:
         self._input_ids = torch.empty(0, dtype=torch.long, device="cpu")
@@ -124,7 +129,8 @@ class HiddenStates:
         self._input_ids, self._store = input_ids.cpu(), store
 
     def count(self, input_ids: torch.Tensor) -> int:
-        """Return how many of these samples, (samples, seq_len), from the first on, are there."""
+        """Return of how many of these samples, (samples, seq_len), from the first one on, they
+        are."""
         if self._store is None or self._input_ids.shape[1:] != input_ids.shape[1:]:
             return 0
         samples = min(len(self._input_ids), len(input_ids))
@@ -142,4 +148,5 @@ class HiddenStates:
 
 
 def _bytes_of(values: torch.Tensor) -> Any:
+    """Return the memory of a contiguous tensor, to be read or written as it is."""
     return values.view(-1).view(torch.uint8).numpy()

@@ -12,7 +12,8 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
-from llm_pruner.errors import UserError, check_installed
+from llm_pruner.errors import UserError
+from llm_pruner.settings.limits import check_installed
 from llm_pruner.settings.options import near
 from llm_pruner.settings.recover import TrainingSettings
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import allocate, make_parents, remove, remove_empty
+from llm_pruner.files.disk import allocate
 from llm_pruner.models.forward import embedding_rows
 from llm_pruner.recovery.chunked_loss import logits_of, summed_loss
 from llm_pruner.recovery.objective import (
@@ -97,19 +97,13 @@ class Teacher:
             key.update(one.input_ids.tobytes())
             key.update(one.learned.tobytes())
         self.folder = folder / key.hexdigest()[:16]
-        made = make_parents(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
         shape = (int(self._first[-1]), self._k)
         if not all((self.folder / name).is_file() for name in _FILES):
             (self.folder / "done.bin").unlink(missing_ok=True)
-        try:
-            self._ids = _array(self.folder / "ids.bin", "int32", shape)
-            self._values = _array(self.folder / "log_probabilities.bin", "float16", shape)
-            self._done = _array(self.folder / "done.bin", "uint8", (len(sequences),))
-        except OSError:  # no run can go on from it
-            if made:
-                remove(self.folder)
-                remove_empty(made[:-1])
-            raise
+        self._ids = _array(self.folder / "ids.bin", "int32", shape)
+        self._values = _array(self.folder / "log_probabilities.bin", "float16", shape)
+        self._done = _array(self.folder / "done.bin", "uint8", (len(sequences),))
         taught = settings.model_dump(include=set(DistillationSettings.model_fields))
         about = {"teacher": identity, "samples": len(sequences), **taught}
         (self.folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")

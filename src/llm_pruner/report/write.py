@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import expanded, locked
+from llm_pruner.files.disk import expanded
 from llm_pruner.files.outputs import rewrite
 from llm_pruner.report import data, figures, view
 from llm_pruner.report.facts import against, dense_evaluation, evaluation_of
@@ -51,12 +51,6 @@ def add_evaluation(folder: Path, found: Measured, model: str) -> None:
 
     A model card that was edited stays. Raises UserError if there is no report of ``model``.
     """
-    # Of two that end at once, the second adds to what the first wrote.
-    with locked(folder.resolve(), wait=True):
-        _add_evaluation(folder, found, model)
-
-
-def _add_evaluation(folder: Path, found: Measured, model: str) -> None:
     report = data.report_in(folder)
     variant = _variant_of(folder, report, model, found.parameters)
     if variant == "dense" and found.model != report.source.name:

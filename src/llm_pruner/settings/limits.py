@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Annotated, Any
 
+from packaging.version import Version
 from pydantic import AfterValidator, ValidationInfo
 
 from llm_pruner.errors import UserError
-from llm_pruner.errors import check_installed as check_installed
 from llm_pruner.settings.options import option_name
 
 MOST = 10**9
@@ -48,6 +50,25 @@ def must(holds: Callable[[Any], bool], words: str) -> AfterValidator:
         return value
 
     return AfterValidator(checked)
+
+
+def check_installed(
+    who: str, packages: Sequence[str], instead: str = "", least: str | None = None
+) -> None:
+    """Raise UserError unless one of these packages is installed, or none is needed.
+
+    ``who`` needs it, or does ``instead``; ``least``: version of the first that is new enough.
+    """
+    if packages and not any(map(find_spec, packages)):
+        raise UserError(
+            f"{who} needs the package {packages[0]}, which is not installed; run 'pip install "
+            f"{packages[0]}'{instead}"
+        )
+    if packages and least and Version(found := version(packages[0])) < Version(least):
+        raise UserError(
+            f"{who} needs {packages[0]} {least} or newer, and {found} is installed; run 'pip "
+            f"install -U {packages[0]}'{instead}"
+        )
 
 
 def _filled(words: str, value: Any, info: ValidationInfo) -> str:

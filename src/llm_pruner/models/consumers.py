@@ -1,4 +1,6 @@
-"""Linear modules that read a group's axis, such as ``down_proj``, and Gram matrices of inputs."""
+"""The linear modules that read a group's axis, such as ``down_proj`` of FFN channels,
+and the Gram matrices of their inputs.
+"""
 
 from __future__ import annotations
 
@@ -84,9 +86,11 @@ save more than they cost."""
 
 
 def add_gram_(gram: torch.Tensor, rows: torch.Tensor) -> None:
-    """Add x^T x to ``gram``, (features, features), on and above the diagonal.
+    """Add x^T x to ``gram`` from its diagonal on to the right, see `complete_gram_`.
 
-    ``rows`` is x, (tokens, features). `complete_gram_` fills the other half.
+    Args:
+        gram: shape (features, features).
+        rows: x, shape (tokens, features); of a shorter dtype, products are rounded to it.
     """
     for start, stop in _strips(len(gram)):
         add_product_(gram[start:stop, start:], rows[:, start:stop].T, rows[:, start:])
