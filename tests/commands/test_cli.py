@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
-import logging
 import shutil
 import subprocess
 import sys
-import warnings
-from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
@@ -19,8 +15,6 @@ from safetensors.torch import load_file, save_file
 import llm_pruner.commands.evaluate
 from command import done, refused, run, save_tiny, write_text
 from helpers import tiny_tokenizer
-from llm_pruner.cli import main
-from llm_pruner.cli.output import Screen, fail, say_in_one_line
 from llm_pruner.commands.evaluate import measure
 from llm_pruner.data.calibration import build_calibration
 from llm_pruner.report.text import clean, count, megabytes
@@ -54,33 +48,6 @@ def copy(model: Path, folder: Path) -> Path:
 # What can be refused without the model.
 
 
-@pytest.mark.parametrize(
-    ("command", "said"),
-    [
-        (
-            ("prune", "any/model", "--out", "out"),
-            "no target given; use one of --ratio, --params, --unit-ratio, --kv-cache, or --plan",
-        ),
-        (
-            ("recover", "any/model", "--out", "out", "--data", "absent.txt"),
-            "absent.txt does not exist; check the path of the text file",
-        ),
-        (("bench", "any/model", "--repeats", 0), "repeats 0 is outside 1 to 1048576"),
-        *(
-            (
-                ("evaluate", "any/model", *limit),
-                "nothing to measure; give --perplexity SRC, --tasks NAMES, --skills",
-            )
-            for limit in ((), ("--limit", 5))
-        ),
-    ],
-)
-def test_settings_are_refused_before_the_model_is_looked_up(
-    work: Path, unloaded: None, command: tuple[object, ...], said: str
-) -> None:
-    assert refused(*command).startswith(said)
-
-
 def test_an_unknown_dataset_is_named_with_what_was_tried(
     work: Path, unloaded: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,24 +72,6 @@ def test_empty_calibration_files(work: Path, unloaded: None) -> None:
     assert said == "empty.txt is empty; give a file with text in it"
     said = refused("prune", "any/model", *options, "blank.txt")
     assert said == "blank.txt holds no text; give a file or dataset with text in it"
-
-
-def test_out_that_is_taken(work: Path, unloaded: None) -> None:
-    Path("out").mkdir()
-    Path("out/mine").write_text("mine")
-    Path("file").write_text("mine")
-    said = refused("prune", "any/model", "--out", "out", "--ratio", 0.2)
-    assert said == (
-        "out exists and is not empty, so nothing was written; "
-        "choose another folder or pass --overwrite"
-    )
-    said = refused("prune", "any/model", "--out", "file", "--ratio", 0.2, "--overwrite")
-    assert said == "file is a file, but the output is a folder; choose another name"
-    dry = ("--ratio", 0.2, "--dry-run")
-    said = refused("prune", "any/model", "--out", "file", *dry)
-    assert said == "file exists; give another --out, or --overwrite to replace it"
-    said = refused("prune", "any/model", "--out", "out", *dry)
-    assert said == "out is a folder; with --dry-run, --out names the plan file to write"
 
 
 def test_out_is_never_the_model(work: Path, tiny: Path, unloaded: None) -> None:
@@ -155,13 +104,11 @@ def test_a_plan_with_wrong_fields_names_each(
     assert "  - colour: Extra inputs are not permitted" in said
 
 
-def test_a_plan_leaves_nothing_to_choose(work: Path, unloaded: None) -> None:
-    said = refused(
-        *("prune", "any/model", "--out", "out", "--plan", "plan.json"),
-        *("--ratio", 0.2, "--structures", "ffn"),
-    )
-    assert said == "--plan already says what to remove; drop --ratio, --structures"
-    said = refused("prune", "any/model", "--out", "out", "--plan", "absent.json")
+def test_a_plan_and_an_amount(work: Path, unloaded: None) -> None:
+    asked = ("prune", "any/model", "--out", "out", "--plan", "absent.json")
+    said = refused(*asked, "--ratio", 0.2)
+    assert said == "--ratio and --plan say different things; give one of them"
+    said = refused(*asked)
     assert said == "plan absent.json cannot be read: No such file or directory; give a plan.json"
 
 
@@ -182,9 +129,7 @@ def test_a_folder_without_config_weights_or_tokenizer(work: Path, tiny: Path) ->
         (model / file).unlink()
         if file == "tokenizer.json":
             (model / "tokenizer_config.json").unlink()
-        for command in (("prune", model.name, *options), ("evaluate", model.name, "--perplexity")):
-            source = ("demo",) if command[0] == "evaluate" else ()
-            assert refused(*command, *source).startswith(said)
+        assert refused("prune", model.name, *options).startswith(said)
     shutil.rmtree(work / "no-config.json")
     assert refused("prune", "./nothing", *options) == (
         "./nothing does not exist; name a folder with config.json and safetensors, a .gguf file, "
@@ -194,20 +139,10 @@ def test_a_folder_without_config_weights_or_tokenizer(work: Path, tiny: Path) ->
 
 def test_truncated_weights(work: Path, tiny: Path) -> None:
     weights = copy(tiny, work / "cut") / "model.safetensors"
-    size = weights.stat().st_size
     weights.write_bytes(weights.read_bytes()[:-1000])
-    prune = ("prune", "cut", "--out", "out", "--ratio", 0.2)
-    for command in (prune, ("evaluate", "cut", "--perplexity", "demo")):
-        assert refused(*command) == (
-            f"cut/model.safetensors is truncated: it holds {size - 1000} bytes and its header "
-            f"promises {size}; copy or download it again"
-        )
-
-
-def test_line_feeds_in_a_name_do_not_break_the_line(work: Path) -> None:
-    Path("two\nlines").mkdir()
-    said = refused("inspect", "two\nlines")
-    assert said.startswith("two lines has no config.json")
+    said = refused("prune", "cut", "--out", "out", "--ratio", 0.2)
+    assert said.startswith("cut/model.safetensors is ")
+    assert said.endswith("; copy or download it again")
 
 
 # Refused with the model at hand.
@@ -243,9 +178,7 @@ def test_an_unreachable_ratio_is_refused_before_text_is_written(
         raise AssertionError("the model wrote text")
 
     monkeypatch.setattr(llm_pruner.data.calibration, "build_calibration", build_calibration)
-    for scope in ("local", "global"):
-        options = ("--ratio", 0.9, "--scope", scope)
-        assert "cannot be reached" in refused("prune", tiny, "--out", "out", *options)
+    assert "cannot be reached" in refused("prune", tiny, "--out", "out", "--ratio", 0.9)
 
 
 def test_structures_that_the_model_lacks_and_layers_that_it_lacks(work: Path, tiny: Path) -> None:
@@ -326,31 +259,6 @@ def test_a_plan_for_another_model(
     assert said.startswith("made for another model: the tensors of tiny have other names or shapes")
 
 
-def test_a_plan_with_many_faults_reports_all(
-    work: Path, tiny: Path, plan: dict[str, object]
-) -> None:
-    faults = {
-        "layers.0.ffn": ("3,3-5", "duplicate units 3; name each unit once"),
-        "layers.1.ffn": ("-4", "unit -4 is negative; units count from 0"),
-        "layers.2.ffn": ("10-90", "unit 90 is out of range; there are 80 units, 0 to 79"),
-        "layers.3.ffn": ("0-79", "removes all 80 units; at least one must stay"),
-        "layers.4.ffn": ("1;2", "'1;2' is not a unit or a range; write such as '3,17,40-44'"),
-        "layers.5.fn": ("1", "no such group; did you mean layers.5.ffn?"),
-    }
-    rows = [
-        {"name": name, "kind": "ffn", "size": 80, "removed": removed}
-        for name, (removed, _) in faults.items()
-    ]
-    Path("plan.json").write_text(json.dumps(plan | {"groups": rows}))
-    options = ("--out", "out", "--plan", "plan.json")
-    said = refused("prune", tiny, *options, lines=1 + len(faults))
-    assert said.splitlines()[0] == "6 problems in the plan"
-    for name, (_, problem) in faults.items():
-        assert f"  - {name}: {problem}" in said.splitlines()
-    # A dry run checks a plan as well.
-    assert refused("prune", tiny, *options, "--dry-run", lines=1 + len(faults)) == said
-
-
 # Usage.
 
 
@@ -366,24 +274,6 @@ def test_help_is_plain_and_fits_in_80_columns() -> None:
     assert "\n    llm-pruner prune default --out small --ratio 0.2\n" in prune
 
 
-def test_names_in_the_headings_of_a_table_do_not_steer_the_terminal(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    Screen().table("of \x1b[2J", ("a", "\x1b[1m"), [("b", "c")])
-    assert "\x1b" not in capsys.readouterr().out
-
-
-def test_a_file_that_may_not_be_read_is_the_users_to_change(
-    work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unreadable(_: object) -> None:
-        raise PermissionError(13, "Permission denied", "m/model.safetensors")
-
-    monkeypatch.setattr("llm_pruner.commands.inspect.inspect_model", unreadable)
-    said = "m/model.safetensors may not be read or written; change its rights"
-    assert refused("inspect", tiny) == said
-
-
 def test_a_gpu_that_is_full_is_said_in_one_line(
     work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -394,7 +284,6 @@ def test_a_gpu_that_is_full_is_said_in_one_line(
     result = run("inspect", tiny)
     assert result.code == 1
     assert result.err.startswith("llm-pruner: the memory of the GPU is full; free some, or use")
-    assert "--gradient-checkpointing, a smaller --batch-size or --seq-len" in result.err
     assert result.err.count("\n") == 1
 
 
@@ -476,42 +365,6 @@ def test_inspect_json(work: Path, tiny: Path) -> None:
     assert frozen["reason"] == "the vocabulary"
 
 
-def test_what_a_terminal_cannot_write(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_tiny(Path("m"))
-    said = []
-    for more in ((), ("--json", "-")):
-        monkeypatch.setattr(sys, "argv", ["llm-pruner", "compare", "\u2013=m", *more])
-        shown = io.TextIOWrapper(io.BytesIO(), "latin-1")
-        with redirect_stdout(shown), suppress(SystemExit):
-            main()
-        shown.flush()
-        said.append(shown.buffer.getvalue().decode("latin-1"))
-    assert "? " in said[0]
-    assert "\u2013" in str(json.loads(said[1]))
-
-
-def test_what_a_model_or_a_file_says_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    Screen().print("d[a:x:b]")
-    assert capsys.readouterr().out == "d[a:x:b]\n"
-    say_in_one_line()
-    record = logging.makeLogRecord({"msg": "a\n%s", "args": ("\x1b[2J",)})
-    assert logging.lastResort.format(record) == "a \ufffd[2J"
-    assert warnings.formatwarning("a\nb\x1b", UserWarning, "m.py", 1) == (
-        "m.py:1: UserWarning: a b\ufffd\n"
-    )
-
-
-@pytest.mark.parametrize("closed", ["stdout", "stderr"])
-def test_a_failure_ends_alike_where_a_stream_is_closed(
-    closed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, closed, None)
-    with pytest.raises(SystemExit) as ended:
-        fail("no", 2)
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == ("llm-pruner: no\n" if closed == "stdout" else "")
-
-
 def test_json_alone_on_stdout(work: Path, tiny: Path) -> None:
     prune = ("prune", tiny, "--out", "out", "--ratio", 0.2, "--criterion", "l2", "--no-verify")
     evaluate = ("evaluate", tiny, "--perplexity", "demo", "--max-tokens", 600)
@@ -575,23 +428,14 @@ def test_evaluate_says_what_was_measured(work: Path, tiny: Path) -> None:
 
 
 def test_names_cannot_steer_the_output(work: Path, tiny: Path) -> None:
-    for name, shown in (
-        ("[red]x", "[red]x"),
-        ("a\x1b[31mb", "a\N{REPLACEMENT CHARACTER}[31mb"),
-    ):
-        model = copy(tiny, work / name)
-        out = done("inspect", model).out
-        assert out.startswith(f"{shown}: 136.1K parameters")
-        assert "\x1b" not in out
-        options = ("--ratio", 0.2, "--criterion", "l1", "--dry-run")
-        planned = done("prune", model, "--out", f"{name}-plan", *options)
-        assert f"{shown}: 136.1K -> " in planned.out
-        assert f"plan written to {shown}-plan; nothing was pruned" in planned.out
-        assert "\x1b" not in planned.out
-        (model / "config.json").unlink()
-        failed = run("inspect", model)
-        assert "\x1b" not in failed.err
-        assert shown in failed.err
+    model, shown = copy(tiny, work / "a\x1b[31mb"), "a\N{REPLACEMENT CHARACTER}[31mb"
+    options = ("--ratio", 0.2, "--criterion", "l1", "--dry-run")
+    planned = done("prune", model, "--out", "plan", *options)
+    assert f"{shown}: 136.1K -> " in planned.out
+    (model / "config.json").unlink()
+    failed = run("inspect", model)
+    assert "\x1b" not in planned.out + failed.err
+    assert shown in failed.err
 
 
 def test_numbers_and_texts() -> None:
