@@ -10,7 +10,7 @@ import pytest
 
 from command import contents, direct, save_tiny, write_text
 from helpers import tiny_model
-from llm_pruner.commands import compress, publish
+from llm_pruner.commands import compress_start, publish
 from llm_pruner.errors import UserError
 from llm_pruner.files import outputs
 from llm_pruner.models import load as sources
@@ -52,7 +52,6 @@ def early(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sources, "_load_model", load)
     monkeypatch.setattr(limits, "find_spec", lambda _: None)  # packages may be installed here
     monkeypatch.setattr(publish, "get_token", lambda: None)
-    monkeypatch.setattr(publish.constants, "HF_HUB_OFFLINE", False)
     return place
 
 
@@ -155,7 +154,7 @@ def test_a_disk_that_is_too_full(
 def test_a_memory_that_recovery_does_not_fit_into(
     early: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compress, "free_bytes", lambda _: 100_000)
+    monkeypatch.setattr(compress_start, "free_bytes", lambda _: 100_000)
     said = direct("compress", "m", "--out", "o", "--calibration", "t.txt").err
     assert "where 0.0 GB of memory are free, and recovery has it there whole" in said
 
