@@ -76,7 +76,7 @@ def test_all_steps_under_another_default_device(model: lp.Model, place: Path) ->
         assert lp.perplexity(model, place / "other.txt").perplexity == before
         lp.prune_(model, lp.plan(model, lp.discover(model), None, small.but(protect_last=0)))
         lp.refit_(model, text)
-        lp.recover_(model, place / "text.txt", lp.Lora(max_steps=1, seq_len=32))
+        lp.recover_(model, place / "text.txt", lp.Lora(trainer={"max_steps": 1}, seq_len=32))
     assert all(one.device.type == "cpu" for one in model.network.parameters())
 
 
@@ -96,7 +96,7 @@ def test_what_was_trained_is_what_the_next_step_sees(
     monkeypatch.setattr(recovery, "recover_", gained)
     other, text = place / "other.txt", place / "text.txt"
     tokens = lp.calibration(model, text, samples=8, seq_len=32)
-    train = lp.Lora(max_steps=1, seq_len=32)
+    train = lp.Lora(trainer={"max_steps": 1}, seq_len=32)
     lp.recover_(model, text, train)
     settings = lp.presets.fast(calibration=str(text), samples=8, seq_len=32, protect_last=0)
     for _, point in lp.curve(model, settings, ratios=(0.1,), text=str(other), measured_tokens=1024):
@@ -129,7 +129,7 @@ def test_what_is_not_done_in_memory_is_refused(model: lp.Model, place: Path) -> 
     known: Any = {"model": "dense", "out": place / "out", "data": (text,), "held_out": 2}
     with pytest.raises(UserError, match="does nothing with control, resume, teacher; leave that"):
         lp.recover_(model, text, lp.RecoverSettings(**known, teacher="d", control="d", resume=True))
-    quick = lp.RecoverSettings(**known, max_steps=1, seq_len=32)
+    quick = lp.RecoverSettings(**known, trainer={"max_steps": 1}, seq_len=32)
     assert lp.recover_(model, text, quick).steps == 1
 
 
@@ -140,7 +140,7 @@ def test_an_optimizer_is_made_of_the_weights_that_are_trained(model: lp.Model, p
 
     seen: list[Any] = []
     own = torch.optim.SGD(model.network.parameters(), lr=0.1)
-    train, text = lp.Lora(max_steps=1, seq_len=32), place / "text.txt"
+    train, text = lp.Lora(trainer={"max_steps": 1}, seq_len=32), place / "text.txt"
     with pytest.raises(UserError, match=r"not trained, .* as optimizer_cls_and_kwargs="):
         lp.recover_(model, text, train, optimizers=(own, None))
     given = (torch.optim.SGD, {"lr": 0.1})
@@ -245,7 +245,7 @@ def test_a_model_without_tokenizer_reads_no_text(model: lp.Model, place: Path) -
         lambda: lp.perplexity(bare, text),
         lambda: lp.health(bare, ["Why?"]),
         lambda: lp.curve(bare, settings, ratios=0.1, text=other),
-        lambda: lp.recover_(bare, text, lp.Lora(max_steps=1, seq_len=32)),
+        lambda: lp.recover_(bare, text, lp.Lora(trainer={"max_steps": 1}, seq_len=32)),
     ):
         with pytest.raises(UserError, match="has no tokenizer, so no text can be read; add one"):
             step()
@@ -291,7 +291,7 @@ def test_a_network_is_taken_in_whatever_holds_it(model: lp.Model) -> None:
 
 def test_what_needs_a_model_says_so(model: lp.Model, place: Path) -> None:
     text = str(place / "text.txt")
-    network, train = model.network, lp.Lora(max_steps=1, seq_len=32)
+    network, train = model.network, lp.Lora(trainer={"max_steps": 1}, seq_len=32)
     tokens = lp.calibration(model, text, samples=4, seq_len=32)
     groups = lp.discover(model)
     scores = lp.score(model, groups, "l2")
@@ -453,7 +453,7 @@ def test_nothing_holds_the_network_before_training(
     if pruned:
         lp.prune_(model, groups, removal(model))
         before += [weakref.ref(one) for one in model.network.parameters()]
-    lp.recover_(model, place / "text.txt", lp.Lora(max_steps=1, seq_len=32))
+    lp.recover_(model, place / "text.txt", lp.Lora(trainer={"max_steps": 1}, seq_len=32))
     gc.collect()
     assert not any(one() is not None for one in before)
     assert model.loaded.model is model.network

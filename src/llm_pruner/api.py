@@ -536,7 +536,7 @@ def recover_(
     check_length(model.network, asked.seq_len)
     if asked.bf16 is None:
         fast = multiplies_bfloat16(model.network.device.type)
-        asked = asked.but(bf16=fast and model.network.dtype == torch.float32)
+        asked = asked.with_trainer(bf16=fast and model.network.dtype == torch.float32)
     dense = None if teacher is None else as_teacher(teacher.current, model.current)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

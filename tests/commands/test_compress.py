@@ -318,7 +318,7 @@ def test_no_gain_gives_the_pruned_model(
         (small / "old").write_text("old")
     assert "exists and is not empty" in refused(*command(made))
     # Steps that no weight can take in; large ones may by chance find something better.
-    still = "samples: 128\ntraining: {learning_rate: 1.0e-30, max_steps: 3}\n"
+    still = "samples: 128\ntraining: {learning_rate: 1.0e-30, trainer: {max_steps: 3}}\n"
     Path("still.yaml").write_text(still)
     result = done(*command(made, "--overwrite", "--config", "still.yaml"))
     Path("still.yaml").unlink()

@@ -109,13 +109,13 @@ def pruning(made: Path, name: str, out: str) -> list[str]:
 @pytest.fixture(scope="module")
 def runs(made: Path) -> dict[str, Options]:
     """The options of each run that two processes are asked for, by its name."""
-    data: Options = ("--data", made / "rows.jsonl", *QUICK, "--no-bf16")
-    taught = (*data, "--save-every", 1, "--teacher", made / "dense", "--epochs", 2)
+    data: Options = ("--data", made / "rows.jsonl", *QUICK, "--trainer", "bf16=false")
+    taught = (*data, "--trainer", "save_steps=1", "--teacher", made / "dense", "--epochs", 2)
     return {
         "plain": (*data, "--keep-adapter", "--perplexity", "demo", "--perplexity-seq-len", 512),
         "lora": (*taught, "--method", "lora"),
         "full": (*taught, "--method", "full"),
-        "parts": (*data, "--save-every", 2),
+        "parts": (*data, "--trainer", "save_steps=2"),
     }
 
 

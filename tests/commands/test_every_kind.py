@@ -100,7 +100,18 @@ def test_it_is_pruned_and_trained(kind: str, tmp_path: Path) -> None:
         done("prune", kind, *CUT[:2], *CUT[4:], *TEXT, "--out", small, "--json", "-").out
     )
     assert found["parameters_after"] < found["parameters_before"]
-    done("recover", small, "--data", "text.txt", "--max-steps", 1, "--seq-len", 32, "--out", better)
+    done(
+        "recover",
+        small,
+        "--data",
+        "text.txt",
+        "--trainer",
+        "max_steps=1",
+        "--seq-len",
+        32,
+        "--out",
+        better,
+    )
     assert load_model(str(better)).model.num_parameters() == found["parameters_after"]
 
 

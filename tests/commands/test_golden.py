@@ -51,7 +51,18 @@ PLAIN = ("--preset", "plain.yaml")
 """The defaults of the options alone, as they were when no preset was named."""
 
 ALL_LAYERS = ("--protect-first", 0, "--protect-last", 0)
-TRAINING = ("--data", "text.txt", "--max-steps", 4, "--batch-size", 2, "--seq-len", 32, "--no-bf16")
+TRAINING = (
+    "--data",
+    "text.txt",
+    "--trainer",
+    "max_steps=4",
+    "--batch-size",
+    2,
+    "--seq-len",
+    32,
+    "--trainer",
+    "bf16=false",
+)
 RECIPE = """
 structures: [heads, ffn]
 scope: global

@@ -125,7 +125,16 @@ def test_nothing_is_sent_that_nobody_asked_for(place: Path, hub: Hub) -> None:
 
 
 def test_recover_and_compress(place: Path, hub: Hub) -> None:
-    training = ("--data", place / "text.txt", "--max-steps", 1, "--batch-size", 1, "--seq-len", 16)
+    training = (
+        "--data",
+        place / "text.txt",
+        "--trainer",
+        "max_steps=1",
+        "--batch-size",
+        1,
+        "--seq-len",
+        16,
+    )
     result = run("recover", place / "dense", "--out", "better", *training, *REPOSITORY)
     assert result.code == 0, result.err
     sent = hub.calls[-1][1]

@@ -33,7 +33,7 @@ from trained_tokenizers import with_bytes
 
 pytestmark = pytest.mark.slow
 
-QUICK = ("--seq-len", 64, "--batch-size", 8, "--max-steps", 4, "--evaluations", 2)
+QUICK = ("--seq-len", 64, "--batch-size", 8, "--trainer", "max_steps=4", "--evaluations", 2)
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +137,12 @@ def test_the_adapter_and_the_teacher(work: Path, made: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ("--gradient-checkpointing",),
+        (
+            "--trainer",
+            "gradient_checkpointing=true",
+        ),
         ("--dtype", "bfloat16"),
-        ("--bf16", "--method", "full"),
+        ("--trainer", "bf16=true", "--method", "full"),
     ],
 )
 def test_other_ways_to_train(work: Path, made: Path, options: tuple[object, ...]) -> None:
@@ -164,8 +167,22 @@ def test_other_ways_to_train(work: Path, made: Path, options: tuple[object, ...]
     [
         (True, (), True),
         (False, (), False),
-        (True, ("--no-bf16",), False),
-        (False, ("--bf16",), True),
+        (
+            True,
+            (
+                "--trainer",
+                "bf16=false",
+            ),
+            False,
+        ),
+        (
+            False,
+            (
+                "--trainer",
+                "bf16=true",
+            ),
+            True,
+        ),
         (True, ("--dtype", "bfloat16"), False),
     ],
 )
@@ -178,7 +195,7 @@ def test_bfloat16_where_the_processor_is_fast_at_it(
     wanted: bool,
 ) -> None:
     monkeypatch.setattr(recovering, "multiplies_bfloat16", lambda _: fast)
-    data = ("--data", made / "rows.jsonl", *QUICK, "--max-steps", 1)
+    data = ("--data", made / "rows.jsonl", *QUICK, "--trainer", "max_steps=1")
     done("recover", made / "small", "--out", "better", *data, *options)
     assert json.loads(Path("better/recovery.json").read_text())["settings"]["bf16"] is wanted
 
@@ -273,7 +290,7 @@ def test_a_run_goes_on_in_its_types_and_with_less_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda _: False)
-    data = ("--data", made / "rows.jsonl", *QUICK, "--no-bf16")
+    data = ("--data", made / "rows.jsonl", *QUICK, "--trainer", "bf16=false")
     command = ("recover", halves, "--out", "better", *data)
     with monkeypatch.context() as patch:
         patch.setattr(recovering, "free_bytes", lambda _: 0)
@@ -284,7 +301,7 @@ def test_a_run_goes_on_in_its_types_and_with_less_memory(
     said = refused(*command, "--resume", "--samples", 9)
     assert said.startswith("the interrupted run has samples=None and this one samples=9; give")
     # The way out of a memory that was full; nothing else is changed by it.
-    done(*command, "--resume", "--gradient-checkpointing")
+    done(*command, "--resume", "--trainer", "gradient_checkpointing=true")
     assert seen == [torch.bfloat16] * 2
     record = json.loads(Path("better/recovery.json").read_text())
     assert record["settings"]["gradient_checkpointing"]
@@ -292,7 +309,7 @@ def test_a_run_goes_on_in_its_types_and_with_less_memory(
 
 def test_what_is_scored_is_what_is_saved(work: Path, made: Path, halves: Path) -> None:
     # Steps of this size are smaller than what bfloat16 tells apart, so most of them are lost.
-    training = ("--method", "full", "--learning-rate", 2e-5, "--no-bf16", *QUICK)
+    training = ("--method", "full", "--learning-rate", 2e-5, "--trainer", "bf16=false", *QUICK)
     command = ("recover", halves, "--out", "better", "--data", made / "rows.jsonl", *training)
     corpus = ("--perplexity", "demo", "--perplexity-seq-len", 512)
     result = json.loads(done(*command, *corpus, "--json", "-").out)
@@ -365,7 +382,7 @@ def test_what_the_student_wrote_is_no_strange_file_of_a_run(
     work: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ("--data", "pruned", "--teacher", made / "dense", "--samples", 30, "--seq-len", 24)
-    options = (*options, "--distill-weight", 1, "--max-steps", 2)
+    options = (*options, "--distill-weight", 1, "--trainer", "max_steps=2")
     with monkeypatch.context() as patch:
         interrupt(patch, recovering, "recover_")
         assert run("recover", made / "small", "--out", "better", *options).code == 130
@@ -378,7 +395,7 @@ def test_what_the_teacher_wrote_is_kept_for_other_runs(
     work: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ("--data", "self", "--teacher", made / "dense", "--samples", 30, "--seq-len", 24)
-    options = (*options, "--teacher-cache", "cache", "--max-steps", 2)
+    options = (*options, "--teacher-cache", "cache", "--trainer", "max_steps=2")
     done("recover", made / "small", "--out", "one", *options)
 
     def write(*_: object, **__: object) -> None:
@@ -402,17 +419,17 @@ def test_what_a_teacher_says_in_another_type_is_kept_apart(
         return [sum(names), len(names) - sum(names)]
 
     rows = ("--data", made / "rows.jsonl")
-    assert kept(*rows, "--dtype", "float32", "--no-bf16") == [0, 2]
-    assert kept(*rows, "--dtype", "float32", "--no-bf16") == [0, 2]
-    assert kept(*rows, "--dtype", "float32", "--bf16") == [0, 4]
-    assert kept(*rows, "--dtype", "bfloat16", "--no-bf16") == [0, 6]
-    assert kept("--data", "self", "--dtype", "float32", "--no-bf16")[0] == 1
-    assert kept("--data", "self", "--dtype", "float32", "--bf16")[0] == 1
-    assert kept("--data", "self", "--dtype", "bfloat16", "--no-bf16")[0] == 2
+    assert kept(*rows, "--dtype", "float32", "--trainer", "bf16=false") == [0, 2]
+    assert kept(*rows, "--dtype", "float32", "--trainer", "bf16=false") == [0, 2]
+    assert kept(*rows, "--dtype", "float32", "--trainer", "bf16=true") == [0, 4]
+    assert kept(*rows, "--dtype", "bfloat16", "--trainer", "bf16=false") == [0, 6]
+    assert kept("--data", "self", "--dtype", "float32", "--trainer", "bf16=false")[0] == 1
+    assert kept("--data", "self", "--dtype", "float32", "--trainer", "bf16=true")[0] == 1
+    assert kept("--data", "self", "--dtype", "bfloat16", "--trainer", "bf16=false")[0] == 2
 
 
 def test_an_interrupted_run_is_not_lost_by_accident(work: Path, made: Path) -> None:
-    options = ["--data", made / "rows.jsonl", *QUICK, "--save-every", 1]
+    options = ["--data", made / "rows.jsonl", *QUICK, "--trainer", "save_steps=1"]
     Path("better.recovering").mkdir()
     said = refused("recover", made / "small", "--out", "better", *options)
     assert said == (

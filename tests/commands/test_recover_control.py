@@ -21,7 +21,18 @@ from trained_tokenizers import with_bytes
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("here")]
 
-QUICK = ("--seq-len", 64, "--batch-size", 8, "--evaluations", 2, "--method", "full", "--no-bf16")
+QUICK = (
+    "--seq-len",
+    64,
+    "--batch-size",
+    8,
+    "--evaluations",
+    2,
+    "--method",
+    "full",
+    "--trainer",
+    "bf16=false",
+)
 TEXTS = ("--data", "rows.jsonl", "--perplexity", "other.txt", "--perplexity-seq-len", 64)
 
 
@@ -49,7 +60,7 @@ def weights(folder: str) -> dict[str, torch.Tensor]:
     return load_file(Path(folder) / "model.safetensors")
 
 
-CONTROLLED = ("--max-steps", 4, "--save-every", 1, "--control", "dense")
+CONTROLLED = ("--trainer", "max_steps=4", "--trainer", "save_steps=1", "--control", "dense")
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +95,22 @@ def test_four_models_on_text_that_none_was_trained_on(better: dict[str, Any]) ->
     # The pruned model's figures are those that stand without a control, and so is the model.
     assert corpus["pruned"] == found["perplexity"][0]["before"]
     assert corpus["pruned_trained"] == found["perplexity"][0]["after"]
-    alone = recover("alone", "--max-steps", 4)
+    alone = recover("alone", "--trainer", "max_steps=4")
     assert alone["control"] is None
     assert alone["loss"] == found["loss"]
     assert all(torch.equal(one, weights("alone")[name]) for name, one in weights("better").items())
     # The dense model learns as it does alone.
     done(
-        "recover", "dense", "--out", "taught", *TEXTS, *QUICK, "--max-steps", 4, "--json", "t.json"
+        "recover",
+        "dense",
+        "--out",
+        "taught",
+        *TEXTS,
+        *QUICK,
+        "--trainer",
+        "max_steps=4",
+        "--json",
+        "t.json",
     )
     taught = json.loads(Path("t.json").read_text())
     assert taught["loss"] == control["loss"]
@@ -139,7 +159,7 @@ def test_a_control_ends_where_the_pruned_model_did(monkeypatch: pytest.MonkeyPat
         return network, outcome if len(outcomes) > 1 else replace(outcome, steps=2)
 
     monkeypatch.setattr(recovering, "recover_", stopped)
-    found = recover("stopped", "--max-minutes", 2, "--max-steps", 4, *CONTROLLED)
+    found = recover("stopped", "--max-minutes", 2, "--trainer", "max_steps=4", *CONTROLLED)
     assert found["control"]["steps"] == 2
     assert [outcome.run.total for outcome in outcomes] == [4, 4]
 
@@ -179,7 +199,7 @@ def test_a_teacher_that_is_the_control_is_loaded_once_beside_what_trains(
         return load(*given)
 
     monkeypatch.setattr(recovering, "load_teacher", counted)
-    found = recover("twice", "--max-steps", 2, "--control", "dense", "--teacher", "dense")
+    found = recover("twice", "--trainer", "max_steps=2", "--control", "dense", "--teacher", "dense")
     assert found["control"]["texts"][0]["pruned"]["divergence"]["kl"] > 0
     assert len(loaded) == 2
 

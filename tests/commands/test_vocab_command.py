@@ -159,7 +159,7 @@ def test_the_dense_model_is_compared_and_teaches_by_the_tokens_that_stay(tmp_pat
     assert divergence[small]["kl"] > 1e-5
     streamed = json.loads(done("evaluate", small, *measure, "--memory", "100KB").out)
     assert streamed["perplexity"][0]["divergence"]["kl"] == divergence[small]["kl"]
-    train = ("--data", text, "--seq-len", "32", "--samples", "8", "--max-steps", "1")
+    train = ("--data", text, "--seq-len", "32", "--samples", "8", "--trainer", "max_steps=1")
     taught = tmp_path / "taught"
     both = ("--teacher", dense, "--control", dense)
     done("recover", small, *both, *train, "--held-out", "2", "--out", taught)

@@ -44,7 +44,18 @@ from llm_pruner.settings.evaluate import EvaluateSettings
 pytestmark = pytest.mark.slow
 
 QUICK = ("--ratio", 0.1, "--criterion", "l2", "--no-verify")
-TRAIN = ("--seq-len", 64, "--batch-size", 4, "--samples", 16, "--held-out", 4, "--max-steps", 1)
+TRAIN = (
+    "--seq-len",
+    64,
+    "--batch-size",
+    4,
+    "--samples",
+    16,
+    "--held-out",
+    4,
+    "--trainer",
+    "max_steps=1",
+)
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ def pair() -> tuple[Any, Any]:
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a repair end after so many steps, however long they take."""
     settings = repair._settings
-    few = lambda *given: settings(*given).but(max_minutes=None, max_steps=20)  # noqa: E731
+    few = lambda *given: settings(*given).but(max_minutes=None).with_trainer(max_steps=20)  # noqa: E731
     monkeypatch.setattr(repair, "_settings", few)
 
 

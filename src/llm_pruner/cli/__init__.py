@@ -137,8 +137,8 @@ def _run() -> None:
             raise
         fail(
             "the memory of the GPU is full; free some, or use what the command has of --memory, "
-            "--dtype bfloat16, --gradient-checkpointing, a smaller --batch-size or --seq-len, "
-            "--device cpu",
+            "--dtype bfloat16, --trainer gradient_checkpointing=true, a smaller --batch-size or "
+            "--seq-len, --device cpu",
             1,
         )
     except SystemExit as stopped:

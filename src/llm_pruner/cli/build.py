@@ -17,7 +17,7 @@ from typer.core import TyperCommand
 from llm_pruner.cli.output import check_json
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import expanded
-from llm_pruner.settings.common import OUTPUT, once
+from llm_pruner.settings.common import OUTPUT, once, pairs
 from llm_pruner.settings.options import Option, Settings, option_name, option_of
 
 _S = TypeVar("_S", bound=Settings)
@@ -198,7 +198,7 @@ def _shape(field: FieldInfo) -> Any:
     kinds = [one for one in kinds if one is not type(None)]
     kind, *how = get_args(kinds[0]) if get_origin(kinds[0]) is Annotated else (kinds[0],)
     readers = [one.func for one in (*field.metadata, *how) if isinstance(one, BeforeValidator)]
-    if once in readers:
+    if once in readers or pairs in readers:
         return list[str]
     return kind if len(kinds) == 1 and kind in _PLAIN and not readers else str
 

@@ -50,7 +50,7 @@ from llm_pruner.models.forward import check_length, dtype_name, embedding_rows
 from llm_pruner.models.load import LoadedModel, load, stored_dtype
 from llm_pruner.models.stored import dtype_named, local_path, records_of, stored_size
 from llm_pruner.recovery import Outcome, Progress, Teacher, recover_
-from llm_pruner.recovery.arguments import trainer_arguments
+from llm_pruner.recovery.arguments import check_names, training_arguments
 from llm_pruner.recovery.callbacks import EndAt
 from llm_pruner.recovery.methods.full import check_type
 from llm_pruner.report.data import SavedAs, known_report
@@ -73,6 +73,7 @@ from llm_pruner.runtime.processes import (
     joined,
     own_device,
     sharing,
+    started,
 )
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.evaluate import PerplexitySettings
@@ -91,6 +92,9 @@ _LOG = logging.getLogger(__name__)
 
 _HOW_FAST = ("packing", "kernels")
 """Settings of which the result does not depend but for rounding."""
+
+_ASIDE = ("save_steps", "report_to", "gradient_checkpointing", "activation_checkpointing")
+"""Arguments of the Trainer that a resumed run may have otherwise."""
 
 _WRITTEN = (SELF, PRUNED)
 """Sources that a model writes."""
@@ -122,7 +126,7 @@ def recover_checkpoint(
     if bf16 is None:
         where = "cuda" if is_sharded() else device
         bf16 = settings.dtype in ("float32", "auto") and multiplies_bfloat16(where)
-    here = settings.but(device=device, bf16=bf16)
+    here = settings.but(device=device).with_trainer(bf16=bf16)
     work = workdir.RECOVERING.beside(settings.out)
     check_run(here, work)
     with joined(device) as processes:
@@ -269,7 +273,9 @@ class _Run:
         """
         settings = self.settings
         if settings.max_minutes is not None:
-            settings = settings.but(max_minutes=None, max_steps=max(pruned.run.total, 1))
+            settings = settings.but(max_minutes=None).with_trainer(
+                max_steps=max(pruned.run.total, 1)
+            )
         dense = self._loaded(loading)
         alone = self._measure(dense, None)
         work = self.work / f"control-{short_digest(dense.fingerprint)}"
@@ -483,15 +489,11 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
 
 
 def check_training(settings: TrainingSettings) -> None:
-    """Raise UserError for settings of training that contradict each other or do nothing."""
+    """Raise UserError for an argument of the Trainer that it refuses, or a missing package."""
     settings.check()
-    trainer_arguments(settings)
-    for name in ("lora_r", "lora_alpha", "lora_dropout"):
-        if name in settings.given and settings.method != "lora":
-            raise UserError(
-                f"{option_name(name)} {getattr(settings, name):g} is about adapters, and method "
-                f"{settings.method} has none; leave it out, or use --method lora"
-            )
+    check_names(settings)
+    if started() == 1:  # several have yet to meet, on devices that are not known here
+        training_arguments(settings)
 
 
 def check_data(settings: RecoverSettings) -> None:
@@ -686,4 +688,5 @@ def facts_of(
         "held_out_samples": len(held_out),
         "data_fingerprint": fingerprint_samples([*train, *held_out]),
         **settings.model_dump(mode="json", include=decides),
+        "trainer": {k: v for k, v in settings.trainer.items() if k not in _ASIDE},
     }

@@ -27,10 +27,7 @@ RUN = "run.json"
 
 _DATA = "data_fingerprint"
 
-_CHANGEABLE = (
-    *("save_every", "report_to", "control", "control_fingerprint", "control_dtype"),
-    *("gradient_checkpointing", "micro_tokens"),
-)
+_CHANGEABLE = (*("control", "control_fingerprint", "control_dtype", "micro_tokens"),)
 """Settings that a resumed run may have otherwise."""
 
 

@@ -98,8 +98,8 @@ class Guard(TrainerCallback):
                 last = step >= run.total
         state.max_steps = run.total
         control.should_training_stop = last or run.stopped is not None
-        save_every = self._settings.save_every
-        save = step % save_every == 0 if save_every else evaluated
+        save_steps = self._settings.trainer.get("save_steps")
+        save = step % int(save_steps) == 0 if save_steps else evaluated
         # What was chosen by the clock is kept at once: an interrupted run goes on with it.
         control.should_save = save or replanned or control.should_training_stop
         self._say(Progress(step, run, self._trainer.last_loss, evaluated))

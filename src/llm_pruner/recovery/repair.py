@@ -114,9 +114,11 @@ def _settings(model: Any, length: int, minutes: float, seed: int) -> TrainingSet
         max_minutes=minutes,
         evaluations=EVALUATIONS,
         patience=EVALUATIONS,
-        bf16=full and multiplies_bfloat16(next(model.parameters()).device.type),
         seed=seed,
-        trainer=("adam_beta2=0.95",),
+        trainer={
+            "adam_beta2": 0.95,
+            "bf16": full and multiplies_bfloat16(next(model.parameters()).device.type),
+        },
     )
 
 

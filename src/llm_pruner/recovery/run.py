@@ -155,13 +155,11 @@ def recover_(
         if folder is not None:
             copies = 2 if checkpoint is None else 1  # the older goes when the newer is complete
             _check_room(work, count, copies, processes.from_first(free_bytes(work)))
-        if settings.gradient_checkpointing:
-            _checkpoint_activations_(trained)
         on_cpu = next(model.parameters()).device.type == "cpu" and not processes.sharded
         order = StepSamples(len(train), settings.batch_size, total, settings.seed)
         trainer = RecoveryTrainer(
             trained,
-            training_arguments(settings, total, unused, work, on_cpu=on_cpu),
+            training_arguments(settings, total=total, unused=unused, work=work, on_cpu=on_cpu),
             settings,
             Steps(train, order, **layout),
             run,
@@ -193,8 +191,8 @@ def recover_(
             trained.save_pretrained(keep_adapter, save_embedding_layers=False)
         model = state.merge_(trained)
         as_saved_(model)
-        if settings.gradient_checkpointing:
-            _keep_activations_(model)
+        if trainer.args.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
         if processes.sharded:
             after = run.evaluations[run.best]
         elif run.best:
@@ -276,28 +274,6 @@ def _empty_(model: Any, optimizer: Any) -> None:
         optimizer.state.clear()
         optimizer.param_groups.clear()
     give_back()
-
-
-def _checkpoint_activations_(model: Any) -> None:
-    """Have layers compute activations again in the backward pass; UserError if they cannot."""
-    options = {"use_reentrant": False}
-    try:
-        if hasattr(model, "activation_checkpointing_enable"):
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-        else:  # before transformers 5.22
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    except ValueError as error:
-        raise UserError(
-            f"this model cannot compute its activations twice ({error}); leave out "
-            "--gradient-checkpointing"
-        ) from error
-
-
-def _keep_activations_(model: Any) -> None:
-    if hasattr(model, "activation_checkpointing_disable"):
-        model.activation_checkpointing_disable()
-    else:
-        model.gradient_checkpointing_disable()
 
 
 @contextmanager

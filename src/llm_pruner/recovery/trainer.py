@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.errors import UserError
 from llm_pruner.recovery import checkpoint as state
-from llm_pruner.recovery.arguments import refused, trainer_arguments
+from llm_pruner.recovery.arguments import said_in_one_line
 from llm_pruner.recovery.chunked_loss import summed_loss
 from llm_pruner.recovery.objective import Guide, text_objective
 from llm_pruner.recovery.packing import Batch, StepSamples, lay_out, target_tokens
@@ -112,12 +112,8 @@ class RecoveryTrainer(Trainer):
         self.last_loss = math.nan
         self._warned = False
         own = {"model": model, "args": args, "train_dataset": steps, "data_collator": _only, **own}
-        try:
+        with said_in_one_line(settings):
             super().__init__(**own)
-        except (KeyError, TypeError, ValueError) as error:
-            if not settings.trainer:
-                raise
-            raise refused(settings, error) from error
         self.remove_callback(PrinterCallback)
 
     # Data and schedule.
@@ -130,14 +126,13 @@ class RecoveryTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
-        """Warm up, then fall to zero at a last step that may yet move; or as the user named."""
-        if "lr_scheduler_type" in trainer_arguments(self.settings):
-            try:
+        """Follow ``rate`` where the schedule is linear or cosine, else the Trainer's own."""
+        schedule = self.args.lr_scheduler_type
+        if schedule not in ("linear", "cosine"):
+            with said_in_one_line(self.settings):
                 return super().create_scheduler(num_training_steps, optimizer)
-            except (TypeError, ValueError) as error:  # what the schedule needs, or cannot take
-                raise refused(self.settings, error) from error
         if self.lr_scheduler is None:  # type: ignore[has-type]
-            warmup, schedule = self.settings.warmup_steps, self.settings.schedule
+            warmup = self.args.get_warmup_steps(self.run.total)
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer,
                 lambda step: rate(step, self.run.total, warmup, schedule),
@@ -147,12 +142,8 @@ class RecoveryTrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **keywords: Any) -> torch.optim.Optimizer:
         """Make the optimizer that was named; UserError if its package is missing or refuses."""
-        try:
+        with said_in_one_line(self.settings):
             return super().create_optimizer(*args, **keywords)
-        except (ImportError, KeyError, TypeError, ValueError) as error:
-            if not self.settings.trainer:
-                raise
-            raise refused(self.settings, error) from error
 
     # One step.
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import yaml
 from pydantic import AfterValidator, BeforeValidator
 
 from llm_pruner.errors import UserError
@@ -36,6 +39,36 @@ def once(value: Any) -> Any:
 
 Sources = Annotated[tuple[str, ...], BeforeValidator(once)]
 """Corpora or datasets; an option that may be given several times."""
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML in which 1e-6 is a number, as it is in Python."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def pairs(value: Any) -> Any:
+    """Return texts such as ``name=3`` as {name: value}, each value read as YAML."""
+    texts = (value,) if isinstance(value, str) else value
+    if isinstance(texts, Mapping) or not isinstance(texts, list | tuple):
+        return value
+    found = {}
+    for text in texts:
+        name, equals, said = str(text).partition("=")
+        if not equals:
+            raise ValueError(f"{text!r} has no value; write NAME=VALUE")
+        try:
+            found[name] = yaml.load(said, _Yaml)
+        except yaml.YAMLError:
+            raise ValueError(f"the value of {name} is not YAML") from None
+    return found
+
+
+Pairs = Annotated[dict[str, Any], BeforeValidator(pairs)]
+"""Named values; an option that may be given several times, as NAME=VALUE."""
 
 Names = Annotated[tuple[str, ...], written(lambda text: tuple(filter(None, _names(text))))]
 """Names, comma-separated in one option."""

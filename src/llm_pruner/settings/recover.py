@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from math import inf
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator
 
-from llm_pruner.errors import UserError
-from llm_pruner.settings.common import LOADING, OUTPUT, Names, Sources, WriterSettings
+from llm_pruner.settings.common import LOADING, OUTPUT, Pairs, Sources, WriterSettings, pairs
 from llm_pruner.settings.limits import MOST, MOST_MINUTES, Seed, check_installed, must, within
-from llm_pruner.settings.options import Settings, option, option_name, presets_in
+from llm_pruner.settings.options import Settings, option, presets_in
 from llm_pruner.settings.registry import METHODS
+
+_S = TypeVar("_S", bound="TrainingSettings")
 
 _DATA, _TRAINING, _BUDGET = "Data", "Training", "Budget"
 _TEACHER, _LORA = "Teacher", "Adapters"
@@ -21,18 +23,8 @@ _data, _training, _budget, _teacher, _adapter, _output = (
     partial(option, panel=panel) for panel in (_DATA, _TRAINING, _BUDGET, _TEACHER, _LORA, OUTPUT)
 )
 
-_TRACKERS = {
-    "none": (),
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    **{name: (name,) for name in ("wandb", "mlflow", "trackio", "comet_ml", "clearml", "swanlab")},
-}
-"""What the Trainer reports to -> packages of which it needs one."""
-
 QUANTIZERS = {"none": (), "int8": ("torchao",), "nf4": ("bitsandbytes",)}
 """Type of weights that are not trained -> package that multiplies by them."""
-
-KERNELS = ("attention", "loss")
-"""Parts of training that have a faster arithmetic, each with a switch of its own."""
 
 
 def _at_least(least: int, words: str = "is too small; use {least} or more") -> AfterValidator:
@@ -79,20 +71,6 @@ class TrainingSettings(Settings):
     learning_rate: Annotated[float, _TRAINS, within(0, 1000)] = _training(
         1e-3, "At its peak.", "RATE", shown="1e-3 for quick, 1e-4 for paper, less for weights"
     )
-    warmup_steps: Annotated[int, _at_least(0), within(0, MOST)] = _training(
-        10,
-        "Steps to reach it, at most a tenth of the run.",
-        "N",
-        shown="10; 100 for paper",
-        hidden=True,
-    )
-    schedule: Literal["linear", "cosine"] = _training(
-        "cosine",
-        "How it falls to zero: linear or cosine.",
-        "NAME",
-        shown="cosine; linear for paper",
-        hidden=True,
-    )
     batch_size: Annotated[int, _at_least(1), within(1, 2**20)] = _training(
         4, "Samples in a step.", "N", shown="4; 64 for paper"
     )
@@ -101,24 +79,6 @@ class TrainingSettings(Settings):
         "Longest sample, and length of a packed row, in tokens.",
         "N",
         shown="512; 256 for paper",
-        hidden=True,
-    )
-    weight_decay: Annotated[float, within(0, 10)] = _training(0.0, "Of AdamW.", "X", hidden=True)
-    max_grad_norm: Annotated[float, within(0, MOST)] = _training(
-        1.0,
-        "Gradients are scaled down to this norm; 0: they are not.",
-        "X",
-        hidden=True,
-    )
-    bf16: bool | None = _training(
-        None,
-        "Compute in bfloat16; weights keep their type.",
-        shown="where the processor is faster at it",
-        hidden=True,
-    )
-    gradient_checkpointing: bool = _training(
-        False,
-        "Compute activations twice instead of keeping them.",
         hidden=True,
     )
     quantize: Literal["none", "int8", "nf4"] = _training(
@@ -131,23 +91,20 @@ class TrainingSettings(Settings):
     packing: bool = option(
         True, "Several samples in a row, where the model keeps them apart.", hidden=True
     )
-    kernels: Names = option(
-        KERNELS, f"Faster arithmetic: {', '.join(KERNELS)}.", "NAME", hidden=True
+    kernels: tuple[Literal["attention", "loss"], ...] = option(
+        ("attention", "loss"), "Parts of training with faster arithmetic.", "NAME", hidden=True
     )
-    report_to: str = _training(
-        "none", f"{', '.join(_TRACKERS)}.", "NAME", known=tuple(_TRACKERS), hidden=True
-    )
-    trainer: Sources = _training(
-        (),
-        "Any other argument of transformers' TrainingArguments, such as optim=adamw_8bit or "
-        "lr_scheduler_type=constant. May be given several times.",
+    trainer: Pairs = _training(
+        {},
+        "Any argument of transformers' TrainingArguments, such as max_steps=500, bf16=true, "
+        "weight_decay=0.01 or report_to=wandb. May be given several times.",
         "NAME=VALUE",
+        shown="warmup_steps=10 lr_scheduler_type=cosine",
     )
     seed: Seed = _training(0, "Of the data's order and the adapters.", "N")
     epochs: Annotated[float, _TRAINS, within(0, MOST)] = _budget(
         1, "Passes over the data.", "X", shown="1; 2 for paper"
     )
-    max_steps: _Count | None = _budget(None, "At most this many.", "N", hidden=True)
     max_minutes: Annotated[float, _TRAINS, within(0, MOST_MINUTES)] | None = _budget(
         None, "End training, evaluated, within this time; the run is planned to fit.", "X"
     )
@@ -155,13 +112,6 @@ class TrainingSettings(Settings):
         10, "Times the held-out examples are scored on the way.", "N", hidden=True
     )
     patience: _Count = _budget(3, "Stop when so many scores brought no gain.", "N", hidden=True)
-    save_every: _Count | None = _budget(
-        None,
-        "Steps between checkpoints.",
-        "N",
-        shown="at each score",
-        hidden=True,
-    )
     lora_r: Annotated[int, _at_least(1), within(1, 2**16)] = _adapter(8, "Rank.", "N", hidden=True)
     lora_alpha: Annotated[float, _TRAINS, within(0, MOST)] = _adapter(
         16.0,
@@ -177,38 +127,50 @@ class TrainingSettings(Settings):
         """Whether a part of training has its faster arithmetic."""
         return kernel in self.kernels
 
+    def __init__(self, **values: Any) -> None:
+        given = values.get("trainer")
+        if given is not None:
+            said = self.beside(self.of_preset(values.get("preset")), values)["trainer"]
+            with suppress(TypeError, ValueError):  # the field says what is wrong
+                values["trainer"] = {**said, **pairs(given)}
+        super().__init__(**values)
+
     @classmethod
     def beside(cls, preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-        """Return a preset with the learning rate of the method that is trained with.
+        """Return a preset with the learning rate of the chosen method.
 
-        A file that says none for the method has that of the default preset.
+        What a file does not say of the rates or of the Trainer's arguments, the default preset
+        does.
         """
+        usual = cls.of_preset(None)
+        preset = {**preset, "trainer": {**usual["trainer"], **preset.get("trainer", {})}}
         rates = preset.get("learning_rate", {})
         if not isinstance(rates, dict):
             return preset
-        rates = {**cls.of_preset(None).get("learning_rate", {}), **rates}
+        rates = {**usual["learning_rate"], **rates}
         method = str(given.get("method", preset.get("method", "lora")))
         rest = {name: value for name, value in preset.items() if name != "learning_rate"}
         return {**rest, "learning_rate": rates[method]} if method in rates else rest
 
+    @property
+    def bf16(self) -> bool | None:
+        """Whether to compute in bfloat16; None: where the processor is faster at it."""
+        value = self.trainer.get("bf16")
+        return None if value is None else bool(value)
+
+    @property
+    def max_steps(self) -> int | None:
+        """Most steps of a run."""
+        return int(self.trainer.get("max_steps") or 0) or None
+
+    def with_trainer(self: _S, **values: Any) -> _S:
+        """Return the same settings with these arguments of the Trainer."""
+        return self.but(trainer={**self.trainer, **values})
+
     def check(self) -> None:
-        """Raise UserError for what cannot be done together, or not on this machine."""
-        for name in self.kernels:
-            if name not in (*KERNELS, "none"):
-                raise UserError(
-                    f"--kernels {name} is unknown; use some of {', '.join(KERNELS)}, or none"
-                )
-        for one in self.trainer:
-            if "=" not in one:
-                raise UserError(f"--trainer {one} has no value; write it as NAME=VALUE")
-        if self.quantize != "none" and self.method != "lora":
-            raise UserError(
-                f"--quantize {self.quantize} holds the weights that are not trained, and method "
-                f"{self.method} trains all of them; use --method lora"
-            )
-        for name, known in (("quantize", QUANTIZERS), ("report_to", _TRACKERS)):
-            value, flag = getattr(self, name), option_name(name)
-            check_installed(f"{flag} {value}", known[value], f", or leave {flag} out")
+        """Raise UserError if a package is missing that a setting needs."""
+        kind = self.quantize
+        check_installed(f"--quantize {kind}", QUANTIZERS[kind], ", or leave --quantize out")
 
 
 class DistillationSettings(Settings):

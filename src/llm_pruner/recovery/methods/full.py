@@ -21,5 +21,5 @@ def check_type(method: str, dtype: torch.dtype) -> None:
     if dtype.itemsize == 2:
         raise UserError(
             f"method {method} on half-precision weights loses most of its small steps; use "
-            "--dtype float32, with --bf16 to compute in bfloat16, or --method lora"
+            "--dtype float32, with --trainer bf16=true to compute in bfloat16, or --method lora"
         )
