@@ -51,18 +51,8 @@ PLAIN = ("--preset", "plain.yaml")
 """The defaults of the options alone, as they were when no preset was named."""
 
 ALL_LAYERS = ("--protect-first", 0, "--protect-last", 0)
-TRAINING = (
-    "--data",
-    "text.txt",
-    "--trainer",
-    "max_steps=4",
-    "--batch-size",
-    2,
-    "--seq-len",
-    32,
-    "--trainer",
-    "bf16=false",
-)
+TRAINER = ("--trainer", "max_steps=4", "--trainer", "bf16=false")
+TRAINING = ("--data", "text.txt", *TRAINER, "--batch-size", 2, "--seq-len", 32)
 RECIPE = """
 structures: [heads, ffn]
 scope: global

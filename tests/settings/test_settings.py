@@ -232,7 +232,9 @@ def test_the_python_of_the_readme(place: Path) -> None:
     here = {
         '"HuggingFaceTB/SmolLM2-135M"': '"dense"',
         '"c4"': '"text.txt"',
-        '"alpaca.jsonl", lp.Lora(': '"text.txt", lp.Lora(max_steps=1, batch_size=2, seq_len=32, ',
+        '"alpaca.jsonl", lp.Lora(': (
+            '"text.txt", lp.Lora(batch_size=2, seq_len=32, trainer={"max_steps": 1}, '
+        ),
         '"wikitext2"': '"other.txt"',
         "paper(": "paper(protect_first=1, ",
         "ratio=0.2": "ratio=0.05",

@@ -192,7 +192,8 @@ def recover_(
         model = state.merge_(trained)
         as_saved_(model)
         if trainer.args.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
+            off = "activation_checkpointing_disable"  # before transformers 5.22 by another name
+            getattr(model, off, model.gradient_checkpointing_disable)()
         if processes.sharded:
             after = run.evaluations[run.best]
         elif run.best:
