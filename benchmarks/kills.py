@@ -51,13 +51,13 @@ TURN = ("prune", "recover", "evaluate", "streamed") * 6 + ("compress",) * 2
 """Commands in their order, over and over: compress, which takes longest, least often."""
 
 INPUTS = ("dense", "small", "text.txt", "tiny.yaml")
-TRAIN = "--set seq_len=64 --batch-size 4 --samples 24 --set held_out=4 --set max_steps=4"
+TRAIN = "--set seq_len=64 --batch-size 4 --samples 24 --set held_out=4 --trainer max_steps=4"
 PRUNE = "prune dense --out out --ratio 0.2 --calibration text.txt --samples 8 --set seq_len=32"
 COMMANDS = {
     "prune": PRUNE,
     "streamed": f"{PRUNE} --memory 1KB",
     "recover": f"recover small --out out --data text.txt --teacher dense {TRAIN} "
-    "--set save_every=1 --resume",
+    "--trainer save_steps=1 --resume",
     "compress": "compress dense --out out --preset tiny.yaml --data text.txt --perplexity text.txt",
     "evaluate": "evaluate small --perplexity text.txt --set seq_len=64 --json out.json",
 }

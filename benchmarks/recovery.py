@@ -112,7 +112,7 @@ def main() -> None:
             arguments += [] if options.minutes is None else ["--max-minutes", options.minutes]
             if options.max_steps is not None:
                 arguments += [
-                    "--set",
+                    "--trainer",
                     f"max_steps={options.max_steps}",
                     "--set",
                     f"patience={options.max_steps}",

@@ -71,14 +71,14 @@ def main() -> None:
         BATCH,
         "--set",
         f"seq_len={SEQ_LEN}",
-        "--set",
+        "--trainer",
         f"max_steps={STEPS}",
-        "--set",
+        "--trainer",
         "bf16=false",
     ]
     settings += [
-        "--set",
-        f"save_every={SAVE_EVERY}",
+        "--trainer",
+        f"save_steps={SAVE_EVERY}",
         "--set",
         f"evaluations={STEPS}",
         "--set",

@@ -147,7 +147,7 @@ def test_what_is_cleared_stays_so_whatever_a_preset_says(tmp_path: Path) -> None
     (tmp_path / "mine.yaml").write_text("max_minutes: 5\n")
     given = TrainingSettings(preset=str(tmp_path / "mine.yaml"))
     assert given.max_minutes == 5
-    assert given.but(max_minutes=None, max_steps=3).max_minutes is None
+    assert given.but(max_minutes=None).with_trainer(max_steps=3).max_minutes is None
     words = llm_pruner.presets.balanced(ratio=0.2, compensation="none").written()
     assert PruneSettings(**words, model="m", out="o").compensation == "none"
 
@@ -206,7 +206,7 @@ def test_the_steps_from_python(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(UserError, match="nothing to refit"):
         lp.refit_(model, text)
     before = lp.perplexity(model, "other.txt").perplexity
-    quick = lp.Lora(rank=4, max_steps=4, batch_size=2, seq_len=32, bf16=False)
+    quick = lp.Lora(rank=4, trainer={"max_steps": 4, "bf16": False}, batch_size=2, seq_len=32)
     network, weights = model.network, copy.deepcopy(model.network.state_dict())
     with monkeypatch.context() as patch:
         patch.setattr(recovery, "recover_", without_gain)

@@ -32,12 +32,12 @@ _OWN = {
 def check_names(settings: TrainingSettings) -> None:
     """Raise UserError for a name in ``--trainer`` that the Trainer does not know."""
     known = [field.name for field in fields(TrainingArguments)]
-    for name in settings.trainer:
+    for name, value in settings.trainer.items():
         if name in _OWN:
-            raise UserError(f"--trainer {name}: use {_OWN[name]}")
+            raise UserError(f"--trainer {name}={value}: use {_OWN[name]}")
         if name not in known:
             raise UserError(
-                f"--trainer {name}: TrainingArguments has no such argument; {near(name, known)}"
+                f"--trainer {name}={value}: TrainingArguments has no {name}; {near(name, known)}"
                 "its page in transformers' documentation lists all"
             )
 

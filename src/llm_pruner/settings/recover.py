@@ -26,6 +26,9 @@ _data, _training, _budget, _teacher, _adapter, _output = (
 QUANTIZERS = {"none": (), "int8": ("torchao",), "nf4": ("bitsandbytes",)}
 """Type of weights that are not trained -> package that multiplies by them."""
 
+_TRAINERS = ("warmup_steps", "weight_decay", "max_grad_norm", "report_to", "max_steps")
+"""Arguments of the Trainer that once had an option."""
+
 
 def _at_least(least: int, words: str = "is too small; use {least} or more") -> AfterValidator:
     said = words.replace("{least}", str(least))
@@ -54,6 +57,14 @@ class TrainingSettings(Settings):
 
     presets: ClassVar = presets_in("presets/recover")
     default_preset: ClassVar = "quick"
+    gone: ClassVar = {
+        **{name: f"write --trainer {name}={{value}}" for name in _TRAINERS},
+        "schedule": "write --trainer lr_scheduler_type={value}",
+        "save_every": "write --trainer save_steps={value}",
+        "bf16": "write --trainer bf16=true",
+        "no_bf16": "write --trainer bf16=false",
+        "gradient_checkpointing": "write --trainer gradient_checkpointing=true",
+    }
 
     preset: str | None = _training(
         None,
