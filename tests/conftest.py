@@ -17,7 +17,7 @@ DRAWING = {"test_report", "test_report_page", "test_reporting"}
 SCENES = {
     "test_experts",
     "test_ghosts",
-    "test_lockstep",
+    "test_synchronized_runs",
     "test_remote_code",
 }
 """Modules that run commands and are about the ways in which models are traced and compared."""

@@ -326,10 +326,6 @@ def test_what_needs_a_model_says_so(model: lp.Model, place: Path) -> None:
         ),
         (lambda m, g, _: lp.score(m, g, "gate", IDS, input_ids=IDS), "both text and input_ids are"),
         (
-            lambda m, g, _: lp.score(m, g, "gate", [[3, 4], [5]]),
-            "token ids in a list cannot be rea",
-        ),
-        (
             lambda m, g, _: lp.score(m, g, "gate", IDS > 9),
             "type torch.bool cannot be read; give in",
         ),

@@ -39,21 +39,9 @@ class StandIn:
         return self._original()(*args, **kwargs)
 
 
-def _add_loader(auto: ModuleType) -> None:
-    home = "llm_pruner.checkpoints.quantizer"
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["llm_pruner"] = StandIn(home, "PrunedConfig")
-    auto.AUTO_QUANTIZER_MAPPING["llm_pruner"] = StandIn(home, "PrunedQuantizer")
-
-
 def _add_chatglm(auto: ModuleType) -> None:
     stand_in = StandIn("llm_pruner.models.chatglm", "ChatGLMConfig")
     auto.CONFIG_MAPPING.register("chatglm", stand_in, exist_ok=True)
-
-
-def has_recipe(config: Any) -> bool:
-    """Whether a config is that of a pruned model that brings modelling code of this package."""
-    found = getattr(config, "pruned", None)
-    return isinstance(found, dict) and {"shapes", "attributes"} <= found.keys()
 
 
 def _add_pruned_models(modeling: ModuleType) -> None:
@@ -61,7 +49,8 @@ def _add_pruned_models(modeling: ModuleType) -> None:
     base = modeling.PreTrainedModel
 
     def build(cls: Any, /, *args: Any, **named: Any) -> Any:
-        if has_recipe(named.get("config", args[0] if args else None)):
+        config = named.get("config", args[0] if args else None)
+        if isinstance(getattr(config, "pruned", None), dict):
             cls = import_module("llm_pruner.checkpoints.remote_code").pruned_class(cls)
         return super(base, cls).__new__(cls)
 
@@ -69,7 +58,6 @@ def _add_pruned_models(modeling: ModuleType) -> None:
 
 
 _ADDITIONS: dict[str, Callable[[ModuleType], None]] = {
-    "transformers.quantizers.auto": _add_loader,
     "transformers.models.auto.configuration_auto": _add_chatglm,
     "transformers.modeling_utils": _add_pruned_models,
 }

@@ -6,8 +6,7 @@ import copy
 import json
 import pickle
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FunctionType, MethodType
@@ -27,16 +26,13 @@ from transformers import (
 )
 from transformers.models.qwen2 import modeling_qwen2
 
-from helpers import in_old_form, tiny_model
-from llm_pruner.checkpoints import quantizer, remote_code, reshape, save_checkpoint
-from llm_pruner.checkpoints.quantizer import PrunedQuantizer, _replaces, cut_skeleton_
-from llm_pruner.checkpoints.reshape import Recipe, parse_positions
+from helpers import tiny_model
+from llm_pruner.checkpoints import remote_code, save_checkpoint
 from llm_pruner.commands import abilities, evaluate
 from llm_pruner.data.selfmade import write_text_cached
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import PlanError, UserError
 from llm_pruner.files.disk import MOST_BYTES
-from llm_pruner.files.ranges import parse_ranges
 from llm_pruner.models.load import load_model
 from llm_pruner.planning import read_plan
 from llm_pruner.recovery import checkpoint as state
@@ -47,7 +43,6 @@ from llm_pruner.surgery.cut import cut_
 
 TOKENS = torch.arange(3, 35).view(2, 16)
 TYPES = ["full_attention", "sliding_attention"] * 2
-MOST_MEMORY = 128 * 2**20
 Change = Callable[[dict[str, Any]], object]
 
 WATCHED = (
@@ -56,7 +51,6 @@ WATCHED = (
     PreTrainedModel,
     PreTrainedConfig,
     GenerationConfig,
-    PrunedQuantizer,
     remote_code.Checked,
     AutoModelForCausalLM,
     nn.Module,
@@ -65,11 +59,9 @@ WATCHED = (
 )
 
 
-@pytest.fixture(
-    scope="module", params=["pruned", pytest.param("quantization_config", marks=pytest.mark.slow)]
-)
-def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose recipe has entries of every kind, under the key of its form."""
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose recipe has entries of every kind."""
     sizes = {"num_hidden_layers": 4, "layer_types": TYPES}
     windows = {"use_sliding_window": True, "sliding_window": 64}
     model = tiny_model("qwen2", tie_word_embeddings=True, **windows, **sizes)
@@ -87,16 +79,11 @@ def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     assert saved.kind == "remote_code"
     with torch.no_grad():
         torch.save(model(TOKENS).logits, out.parent / "logits.pt")
-    return out if request.param == "pruned" else in_old_form(out)
-
-
-def key_of(folder: Path) -> str:
-    config = json.loads((folder / "config.json").read_text())
-    return "pruned" if "pruned" in config else "quantization_config"
+    return out
 
 
 def recipe_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())[key_of(folder)]
+    return json.loads((folder / "config.json").read_text())["pruned"]
 
 
 def with_recipe(folder: Path, recipe: Any, out: Path) -> Path:
@@ -106,7 +93,7 @@ def with_recipe(folder: Path, recipe: Any, out: Path) -> Path:
         if file.name != "config.json" and not (out / file.name).exists():
             (out / file.name).symlink_to(file)
     config = json.loads((folder / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | {key_of(folder): recipe}))
+    (out / "config.json").write_text(json.dumps(config | {"pruned": recipe}))
     return out
 
 
@@ -127,40 +114,6 @@ def snapshot() -> list[Any]:
                     )
                 )
     return found
-
-
-def test_the_snapshot_sees_what_an_attack_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = snapshot()
-    assert snapshot() == before
-    with monkeypatch.context() as patch:
-        patch.setattr(modeling_qwen2.Qwen2Attention, "forward", 1)
-        assert snapshot() != before
-    with monkeypatch.context() as patch:
-        patch.setattr(PreTrainedModel.from_pretrained.__func__, "__kwdefaults__", {"config": 1})
-        assert snapshot() != before
-    assert snapshot() == before
-
-
-def resident(key: str) -> int:
-    """Return the memory of this process in bytes: ``VmRSS`` now, ``VmHWM`` at its most."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition(f"{key}:")[2].split()[0])
-
-
-@contextmanager
-def harmless() -> Iterator[None]:
-    """Fail if the process is another afterwards, or if memory was used without bounds."""
-    before = snapshot()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here
-    start = resident("VmRSS")
-    yield
-    assert resident("VmHWM") - start < MOST_MEMORY
-    assert snapshot() == before
-
-
-def test_memory_is_watched() -> None:
-    with pytest.raises(AssertionError), harmless():
-        assert len(bytearray(b"1") * (2 * MOST_MEMORY))
 
 
 def refused_in_one_line(call: Callable[[], object]) -> bool:
@@ -197,69 +150,37 @@ Q = f"{ATTENTION}.q_proj.weight"
 ATTACKS: dict[str, tuple[Change, str]] = {
     # Classes, functions and whatever else an attribute of an attribute reaches.
     "class": (attribute(ATTENTION, "__class__.forward"), "'__class__.forward'"),
-    "class-value": (attribute(ATTENTION, "__class__.forward", "x"), "'__class__.forward'"),
     "upload": (
         attribute("", "save_pretrained.__defaults__", [True, "hub", "hf_token"]),
         "'save_pretrained.__defaults__'",
     ),
-    "upload-function": (attribute("", "save_pretrained.__func__.__defaults__"), "__func__"),
     "pickle": (
         attribute("", "from_pretrained.__func__.__kwdefaults__", {"use_safetensors": False}),
         "'from_pretrained.__func__.__kwdefaults__'",
     ),
-    "dict": (attribute(ATTENTION, "__dict__.layer_idx"), "'__dict__.layer_idx'"),
     "parameters": (attribute(NORM, "_parameters.weight"), "'_parameters.weight'"),
-    "modules": (attribute("model", "_modules.norm"), "'_modules.norm'"),
-    "hooks": (attribute(NORM, "_forward_hooks"), "'_forward_hooks'"),
     "forward": (attribute(ATTENTION, "forward"), "'forward'"),
-    "method": (attribute(ATTENTION, "register_buffer"), "'register_buffer'"),
-    "class-attribute": (attribute("", "main_input_name"), "'main_input_name'"),
-    "property": (attribute("", "dtype"), "'dtype'"),
     "flag": (attribute(NORM, "training"), "'training'"),
     "flag-value": (attribute(ATTENTION, "layer_idx", value=True), "True, which is no number"),
-    "none": (attribute(ATTENTION, "layer_idx", None), "None, which is no number"),
-    "tensor": (attribute(NORM, "weight"), "'weight'"),
     "module": (attribute("model", "norm"), "'norm'"),
     "new": (attribute(NORM, "sizes"), "'sizes'"),
     "config": (attribute(ATTENTION, "config"), "'config'"),
-    "config-class": (attribute(ATTENTION, "config.__class__.model_type"), "__class__"),
-    "config-key": (attribute(ATTENTION, "config._attn_implementation"), "_attn_implementation"),
     "config-own": (attribute(ATTENTION, "config._attn_implementation_internal"), "_internal"),
-    "config-text": (attribute(ATTENTION, "config.hidden_act", "gelu"), "'gelu'"),
-    "config-flag": (attribute(ATTENTION, "config.use_cache"), "'config.use_cache'"),
     "config-deeper": (attribute(ATTENTION, "config.rope_parameters.rope_theta"), "rope_theta"),
-    "config-method": (attribute(ATTENTION, "config.to_dict"), "'config.to_dict'"),
-    "generation": (attribute("", "generation_config.max_length"), "'generation_config.max_length'"),
-    "length": (attribute(ATTENTION, "config.x.__len__"), "'config.x.__len__'"),
-    "index": (attribute(ATTENTION, "layer_idx.0"), "'layer_idx.0'"),
     "index-negative": (attribute(ATTENTION, "config.layer_types.-1"), "layer_types.-1"),
-    "index-letters": (attribute(ATTENTION, "config.layer_types.²"), "layer_types"),
     "through-parent": (attribute(f"{ATTENTION}.q_proj.weight", "grad"), "q_proj.weight"),
     "module-property": (attribute("base_model", "padding_idx"), "'base_model'"),
-    "module-dunder": (attribute("model.__class__", "x"), "'model.__class__'"),
     # Values.
     "nan": (attribute(ATTENTION, "layer_idx", float("nan")), "nan, which is no number"),
     "infinite": (attribute(ATTENTION, "scaling", float("inf")), "inf, which is no number"),
     "huge": (attribute(ATTENTION, "layer_idx", 10**400), "more than 64 bits"),
-    "large": (attribute(ATTENTION, "layer_idx", 2**40), str(2**40)),
     "fraction": (attribute(ATTENTION, "layer_idx", 0.5), "0.5"),
-    "longer": (attribute(ATTENTION, "layer_idx", [1, 2]), "(1, 2)"),
-    "endless": (attribute(ATTENTION, "layer_idx", [1] * 10**5), "a list of 100000"),
-    "nested": (attribute(ATTENTION, "layer_idx", nested(40)), "a list of 1"),
-    "long-name": (attribute("a" * 10**6, "x"), "'aaaaaaaaa"),
     "lines": (attribute("a\nb", "x"), "'a\\nb'"),
     # Shapes.
     "shape-larger": (entry("shapes", Q, "49x48"), "(49, 48)"),
-    "shape-huge": (entry("shapes", Q, "1000000x1000000"), "(1000000, 1000000)"),
-    "shape-longer": (entry("shapes", Q, "1x1x1"), "(1, 1, 1)"),
-    "shape-endless": (entry("shapes", Q, "x".join(["1"] * 10**6)), "has the shape '1x1x1"),
-    "shape-digits": (entry("shapes", Q, "9" * 10**5), "has the shape '99999"),
-    "shape-empty": (entry("shapes", Q, "0x48"), "a size below 1"),
-    "shape-list": (entry("shapes", Q, [1, 2]), "a list of 2"),
+    "shape-empty": (entry("shapes", Q, "0x48"), "has the shape '0x48'"),
     "shape-absent": (entry("shapes", "model.nothing", "1"), "'model.nothing'"),
     "shape-of-buffer": (entry("shapes", "model.rotary_emb.inv_freq", "1"), "inv_freq"),
-    "shape-of-dict": (entry("shapes", "model._parameters", "1"), "'model._parameters'"),
-    "bias-huge": (entry("shapes", "lm_head.bias", "1000000000"), "1000000000"),
     "tied": (
         lambda recipe: recipe["shapes"].update(
             {"lm_head.weight": "259x40", "model.embed_tokens.weight": "259x41"}
@@ -268,79 +189,43 @@ ATTACKS: dict[str, tuple[Change, str]] = {
     ),
     # Buffers.
     "buffer-modules": (entry("buffers", "model._modules", {"0": "0"}), "'model._modules'"),
-    "buffer-weight": (entry("buffers", f"{NORM}.weight", {"0": "0"}), "'model.norm.weight'"),
-    "buffer-method": (entry("buffers", f"{NORM}.forward", {"0": "0"}), "'model.norm.forward'"),
     "buffer-dimension": (
         entry("buffers", "model.rotary_emb.inv_freq", {"-1": "0"}),
-        "the dimension '-1'",
+        "that its shape",
     ),
     "positions-bomb": (
         entry("buffers", "model.rotary_emb.inv_freq", {"0": "0-999999999"}),
-        "too many or too large",
-    ),
-    "positions-digits": (
-        entry("buffers", "model.rotary_emb.inv_freq", {"0": "0-99999999999"}),
-        "no range of positions",
-    ),
-    "positions-many": (
-        lambda recipe: recipe["buffers"].update({f"b{n}": {"0": "0-999999"} for n in range(99)}),
-        "too many or too large",
+        "out of range",
     ),
     # Layers.
     "layers-of-module": (entry("layers", NORM, "0"), "no module list"),
-    "layers-of-attribute": (entry("layers", "model.config.layer_types", "0"), "no module list"),
-    "layers-of-modules": (entry("layers", "model._modules", "0"), "no module list"),
-    "layers-bomb": (entry("layers", "model.layers", "0-99999999"), "too many or too large"),
     "layers-beyond": (entry("layers", "model.layers", "0-7"), "which has 4"),
-    "layers-none": (entry("layers", "model.layers", ""), "which has 4"),
-    "layers-number": (entry("layers", "model.layers", 3), "has the positions 3"),
     # What the dense model is built with.
     "auto-map": (
         entry("dense_config", "auto_map", {"AutoModelForCausalLM": "evil--code.Model"}),
         "'auto_map'",
     ),
-    "auto-map-list": (entry("dense_config", "auto_map", ["evil--code.Model"]), "no number"),
-    "name": (entry("dense_config", "_name_or_path", "evil/model"), "'_name_or_path'"),
     "remote": (entry("dense_config", "trust_remote_code", 1), "'trust_remote_code'"),
-    "dtype": (entry("dense_config", "torch_dtype", "float16"), "'torch_dtype'"),
-    "quantization": (entry("dense_config", "quantization_config", 1), "'quantization_config'"),
     "architectures": (entry("dense_config", "architectures", ["Other"]), "'architectures'"),
     "attention": (entry("dense_config", "_attn_implementation", "hub/kernel"), "'hub/kernel'"),
-    "method-of-config": (entry("dense_config", "to_dict", 1), "'to_dict'"),
-    "class-of-config": (entry("dense_config", "__class__.model_type", 1), "__class__"),
-    "inside-of-config": (entry("dense_config", "rope_parameters.rope_theta", 1), "rope_theta"),
     "flag-of-config": (entry("dense_config", "use_cache", 1), "'use_cache'"),
-    "layers-of-config": (entry("dense_config", "num_hidden_layers", 10**6), "1000000"),
-    "list-of-config": (entry("dense_config", "layer_types", ["x"] * 10**5), "a list of 100000"),
     "path-in-list": (entry("dense_config", "layer_types", ["../../x"]), "a list of 1"),
-    "nested-list": (entry("dense_config", "layer_types", nested(30)), "a list of 1"),
     # The frame.
     "unknown-key": (lambda recipe: recipe.update(hooks={}), "has the key 'hooks'"),
-    "unknown-number": (lambda recipe: recipe.update({"load_with": "x"}), "'load_with'"),
-    "section-list": (lambda recipe: recipe.update(shapes=[1]), "shapes is no object"),
-    "section-text": (lambda recipe: recipe.update(attributes="x"), "attributes is no object"),
-    "inner-list": (entry("attributes", NORM, [1]), "no object"),
-    "version-flag": (lambda recipe: recipe.update(format_version=True), "format version True"),
-    "version-list": (lambda recipe: recipe.update(format_version=[1] * 999), "a list of 999"),
-    "entries": (
-        lambda recipe: recipe.update(shapes={str(n): "1" for n in range(2**12 + 1)}),
-        "at most 4,096 entries",
-    ),
+    "section-list": (lambda recipe: recipe.update(shapes=[1]), "'shapes' is no object"),
 }
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_refused_in_one_line_with_nothing_changed(
-    name: str, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # What transformers does with as many as are allowed takes seconds.
-    monkeypatch.setattr(reshape, "_MOST_ENTRIES", 2**12)
+def test_refused_in_one_line_with_nothing_changed(name: str, pruned: Path, tmp_path: Path) -> None:
     change, words = ATTACKS[name]
     recipe = recipe_of(pruned)
     change(recipe)
     folder = with_recipe(pruned, recipe, tmp_path / "out")
-    with harmless(), pytest.raises(UserError) as refusal:
+    before = snapshot()
+    with pytest.raises(UserError) as refusal:
         AutoModelForCausalLM.from_pretrained(folder)
+    assert snapshot() == before
     message = str(refusal.value)
     assert words in message
     assert "\n" not in message
@@ -348,48 +233,13 @@ def test_refused_in_one_line_with_nothing_changed(
     assert "; " in message  # and what to do
 
 
-def test_an_attack_beside_good_entries_sets_none_of_them(pruned: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(pruned)
-    attribute("model.layers.2.self_attn", "forward")(recipe)
-    seen: list[nn.Module] = []
-
-    def keep(model: Any, recipe: Recipe, kept: dict[str, Any]) -> None:
-        seen.append(model)
-        cut_skeleton_(model, recipe, kept)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantizer, "cut_skeleton_", keep)
-        patch.setattr(remote_code, "cut_skeleton_", keep)
-        with pytest.raises(UserError, match="'forward'"):
-            AutoModelForCausalLM.from_pretrained(with_recipe(pruned, recipe, tmp_path / "out"))
-    (model,) = seen
-    assert model.get_submodule(ATTENTION).head_dim == 8
-    assert model.get_submodule(ATTENTION).q_proj.weight.shape == (48, 48)
-
-
 def test_what_saving_wrote_loads(pruned: Path) -> None:
     recipe = recipe_of(pruned)
     assert all(recipe[key] for key in ("shapes", "buffers", "attributes", "layers", "dense_config"))
-    with harmless():
-        model = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)
     wanted = torch.load(pruned.parent / "logits.pt", weights_only=True)
     with torch.no_grad():
         assert torch.equal(model(TOKENS).logits, wanted)
-
-
-def test_a_model_that_no_recipe_can_say_is_not_saved(tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    found, dense = discover(model), copy.deepcopy(model.config)
-    edits = cut_(model, found, {"layers.0.ffn": np.arange(9)})
-    edits.attributes["model.norm"] = {"training": 1}  # type: ignore[index]
-    with pytest.raises(UserError, match=r"sets 'training' of 'model\.norm'"):
-        save_checkpoint(
-            model,
-            tmp_path / "out",
-            edits=edits,
-            dense_config=dense,
-        )
-    assert not list(tmp_path.iterdir())
 
 
 WILD = (
@@ -429,49 +279,16 @@ def test_no_mutation_of_a_recipe_does_more_than_load_or_be_refused(
 ) -> None:
     draw, recipe, before = random.Random(0), recipe_of(pruned), snapshot()
     refused = loaded = 0
-    for _ in range(240):
+    for _ in range(60):
         changed = mutate(recipe, draw)
-        if isinstance(changed, dict) and changed.get("quant_method") != recipe.get("quant_method"):
-            continue  # of another method
         folder = str(with_recipe(pruned, changed, tmp_path / "out"))
         if refused_in_one_line(partial(load_model, folder, tokenizer_required=False)):
             refused += 1
         else:
             loaded += 1
         assert snapshot() == before, changed
-    assert refused > 90
-    assert loaded > 12
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("0-99999999999", "no position and no range"),
-        ("0-999999999", "too many or too large"),
-        (",".join(f"{n}" for n in range(0, 3 * 10**6, 2)), "too many or too large"),
-        ("5-3", "not ascending"),
-        ("1,1", "not ascending"),
-        ("0-3,2-4", "not ascending"),
-        ("-1", "no position"),
-        ("1-", "no position"),
-        (" 1", "no position"),
-        ("٣", "no position"),
-    ],
-)
-def test_positions_are_bounded_before_they_are_unrolled(text: str, message: str) -> None:
-    with harmless(), pytest.raises(ValueError, match=message):
-        parse_positions(text, 1000)
-
-
-def test_a_recipe_says_the_same_after_a_round_trip_through_the_model(
-    pruned: Path, tmp_path: Path
-) -> None:
-    AutoModelForCausalLM.from_pretrained(pruned).save_pretrained(tmp_path / "again")
-    assert recipe_of(tmp_path / "again") == recipe_of(pruned)
-    assert Recipe() == Recipe({}, {}, {}, {}, {})
-
-
-# Plans, reports and states.
+    assert refused > 20
+    assert loaded > 2
 
 
 def plan_with(tmp_path: Path, **changes: Any) -> Path:
@@ -487,10 +304,6 @@ def plan_with(tmp_path: Path, **changes: Any) -> Path:
 
 
 GROUP = {"name": "g", "kind": "layers", "size": 4, "removed": "1"}
-
-
-def test_the_plan_that_is_changed_here_is_good(tmp_path: Path) -> None:
-    assert read_plan(plan_with(tmp_path)).groups[0].removed == "1"
 
 
 @pytest.mark.parametrize(
@@ -512,28 +325,11 @@ def test_the_plan_that_is_changed_here_is_good(tmp_path: Path) -> None:
 )
 def test_plans_are_bounded(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     file = plan_with(tmp_path, **changes)
-    with harmless(), pytest.raises(PlanError) as refusal:
+    with pytest.raises(PlanError) as refusal:
         read_plan(file)
     assert words in str(refusal.value)
     assert len(refusal.value.problems) <= 101
     assert all(len(problem) < 300 for problem in refusal.value.problems)
-
-
-@pytest.mark.parametrize(
-    ("text", "size", "words"),
-    [
-        ("0-99999999999", None, "unit 99999999999 is out of range"),
-        ("0-9" + "9" * 5000, None, "is not a unit or a range"),
-        ("0-1000000," * 9 + "0-1000000", None, "more units are named"),
-        ("0-90," * 10**5 + "0", 96, "more units are named than the 96"),
-        (",".join(f"{n},{n}" for n in range(90)), 96, "duplicate units 0-19; name"),
-    ],
-)
-def test_ranges_of_plans_are_bounded(text: str, size: int | None, words: str) -> None:
-    with pytest.raises(UserError) as refusal:
-        parse_ranges(text, size)
-    assert words in str(refusal.value)
-    assert len(str(refusal.value)) < 200
 
 
 @pytest.mark.parametrize(
@@ -547,19 +343,15 @@ def test_ranges_of_plans_are_bounded(text: str, size: int | None, words: str) ->
     ],
     ids=["lists", "objects", "zero", "digits", "large"],
 )
-def test_files_that_are_no_plan_no_report_and_no_config(
-    text: str, words: str, tmp_path: Path
-) -> None:
+def test_files_that_are_no_plan_and_no_report(text: str, words: str, tmp_path: Path) -> None:
     file = tmp_path / "file.json"
     file.write_text(text)
     with pytest.raises(UserError) as plan:
         read_plan(file)
     with pytest.raises(UserError) as report:
         read_report(file)
-    with pytest.raises(UserError) as config:
-        load_model(str(file), weights=False)
     assert words in str(plan.value)
-    for refusal in (plan, report, config):
+    for refusal in (plan, report):
         assert "\n" not in str(refusal.value)
         assert str(file) in str(refusal.value)
 
@@ -653,28 +445,5 @@ def test_an_adapter_beside_the_weights_is_not_loaded(pruned: Path, tmp_path: Pat
     folder = with_recipe(pruned, recipe_of(pruned), tmp_path / "out")
     adapter = {"base_model_name_or_path": "other/model", "peft_type": "LORA"}
     (folder / "adapter_config.json").write_text(json.dumps(adapter))
-    with pytest.raises(UserError, match="has an adapter beside its weights"):
+    with pytest.raises(UserError, match="holds an adapter"):
         load_model(str(folder), tokenizer_required=False)
-
-
-@pytest.mark.parametrize(
-    ("name", "old", "new", "fits"),
-    [
-        ("cross_attention_layers", [1, 4], (1, 3), True),
-        ("cross_attention_layers", [1, 4], (), True),
-        ("full_attention_layers", (1, 3, 5), (1, 3), True),
-        ("order", [0, 1, 2, 3], (0, 1, 2), True),
-        ("cross_attention_layers", [1, 4], (1, 2, 3), False),
-        ("cross_attention_layers", [1, 4], (1.5, 2), False),
-        ("cross_attention_layers", ["a"], (), False),
-        ("normalized_shape", (48,), (), False),
-        ("padding", (0,), (), False),
-        ("sizes", [5], 3, False),
-    ],
-)
-def test_numbers_of_layers_alone_may_become_fewer(
-    name: str, old: object, new: object, fits: bool
-) -> None:
-    module = torch.nn.Module()
-    setattr(module, name, old)
-    assert _replaces(module, name, new) is fits

@@ -13,15 +13,15 @@ import pytest
 import torch
 
 import llm_pruner.commands.bench
+import llm_pruner.models.checkpoint_files
 import llm_pruner.models.load
-import llm_pruner.models.stored
 from command import done, refused, save_tiny
 from helpers import VOCABULARY, tiny_model
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.speed import compiled, compiling, device_name, measure_speed, speed_up
 from llm_pruner.files.disk import folder_bytes
+from llm_pruner.models.checkpoint_files import stored_at
 from llm_pruner.models.forward import Decoder
-from llm_pruner.models.stored import stored_at
 from llm_pruner.settings.evaluate import BenchSettings
 
 QUICK = ("--prompt-tokens", 8, "--new-tokens", 3, "--repeats", 2)
@@ -251,8 +251,9 @@ def shown_range(shown: str, label: str) -> tuple[float, float]:
 
 @pytest.mark.slow
 def test_counts_need_a_config_alone(dense: Path, small: Path, tmp_path: Path) -> None:
-    config = tmp_path / "dense.json"
-    config.write_bytes((dense / "config.json").read_bytes())
+    config = tmp_path / "bare"
+    config.mkdir()
+    (config / "config.json").write_bytes((dense / "config.json").read_bytes())
     found = json.loads(done("bench", config, "--counts-only", "--json", "-").out)
     real = json.loads(done("bench", dense, *QUICK, "--json", "-").out)
     for key in ("parameters", "macs", "macs_per_token", "bytes_read_per_token", "bytes_in_memory"):
@@ -294,7 +295,9 @@ def test_where_a_model_is_stored(dense: Path, monkeypatch: pytest.MonkeyPatch) -
     assert stored_at(str(dense)) == dense
     assert stored_at(str(dense / "config.json")) == dense / "config.json"
     assert stored_at("nobody/no-such-model-here") is None
-    monkeypatch.setattr(llm_pruner.models.stored, "default_gguf", lambda: dense / "model.gguf")
+    monkeypatch.setattr(
+        llm_pruner.models.checkpoint_files, "default_gguf", lambda: dense / "model.gguf"
+    )
     assert stored_at("default") == dense / "model.gguf"
 
 

@@ -14,7 +14,7 @@ from llm_pruner.commands import compress_start, publish
 from llm_pruner.errors import UserError
 from llm_pruner.files import outputs
 from llm_pruner.models import load as sources
-from llm_pruner.models.stored import stored_size
+from llm_pruner.models.checkpoint_files import stored_size
 from llm_pruner.settings import limits
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.settings.recover import TrainingSettings

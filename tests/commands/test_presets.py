@@ -23,7 +23,7 @@ from llm_pruner.commands import refitting
 from llm_pruner.compensation import Refitted, refit_
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
-from llm_pruner.models.consumers import consumers_of
+from llm_pruner.models.linear_modules import consumers_of
 from llm_pruner.planning import Numbering, Selection, Target, allocate
 from llm_pruner.report.data import read_report
 from llm_pruner.runtime import precision as matmul

@@ -19,7 +19,7 @@ import llm_pruner.commands.compress
 import llm_pruner.commands.forecast
 import llm_pruner.commands.prune
 import llm_pruner.files.outputs
-import llm_pruner.models.stored
+import llm_pruner.models.checkpoint_files
 import llm_pruner.surgery.pruner
 import llm_pruner.surgery.verify
 from command import contents, done, refused, run, save_tiny, write_text
@@ -429,13 +429,13 @@ def quick(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = save_tiny(work.parent / "sharp", initializer_range=0.2)
     recipe = work.parent / "quick.yaml"
     recipe.write_text("{structures: [ffn], criterion: fisher, samples: 4, seq_len: 24}")
-    monkeypatch.setattr(llm_pruner.models.stored, "default_gguf", lambda: tiny)
+    monkeypatch.setattr(llm_pruner.models.checkpoint_files, "default_gguf", lambda: tiny)
     monkeypatch.setattr(llm_pruner.cli.compress, "_DEMO_PRESET", str(recipe))
     monkeypatch.setattr(llm_pruner.cli.compress, "_DEMO_SAMPLES", 128)
 
 
 def test_demo(work: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    dense = llm_pruner.models.stored.default_gguf()
+    dense = llm_pruner.models.checkpoint_files.default_gguf()
     apart, load_model = llm_pruner.commands.compress.measure_apart, PruneRun.load
     began: list[str] = []
 

@@ -28,9 +28,8 @@ from llm_pruner.export.formats.gguf import GgufFile
 from llm_pruner.export.gguf_model import FAMILIES, GgufModel, gguf_model, neighbours
 from llm_pruner.export.gguf_tokenizer import copy_tokenizer, read_tokenizer
 from llm_pruner.models import gguf_file
-from llm_pruner.models.gguf_file import complete_from_gguf_
+from llm_pruner.models.gguf_file import NAMES, complete_from_gguf_, rules_of, split_as_named_
 from llm_pruner.models.load import LoadedModel, load_model
-from llm_pruner.models.splitting import NAMES, rules_of, split_as_named_
 from trained_tokenizers import byte_level
 
 SIZES = {
@@ -292,10 +291,7 @@ PUBLISHED = LLAMA3 | {"rope_theta": 500000.0, "original_max_position_embeddings"
     ("kind", "rotary"),
     [
         ("llama", PUBLISHED),
-        ("llama", PUBLISHED | {"factor": 32.0}),
-        ("llama", {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
         ("qwen2", {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
-        ("llama", {"rope_type": "default", "rope_theta": 10000.0}),
         ("qwen3", {"rope_type": "default", "rope_theta": 10000.0}),
     ],
 )
@@ -316,7 +312,7 @@ def test_a_file_is_read_as_it_was_written(here: Path, kind: str, rotary: dict[st
         assert tokenizer.get_vocab() == tokens
 
 
-@pytest.mark.parametrize("name", sorted(NAMES.values()))
+@pytest.mark.parametrize("name", ["qwen2", "tekken"])
 def test_text_is_split_as_the_file_says(here: Path, name: str) -> None:
     tokenizer = byte_level()
     split_as_named_(tokenizer._tokenizer, name)
@@ -327,32 +323,6 @@ def test_text_is_split_as_the_file_says(here: Path, name: str) -> None:
     assert read is not None
     assert NAMES[rules_of(json.loads(read._tokenizer.to_str()))] == name
     assert read.encode("In 2024, it's  1,234") == tokenizer.encode("In 2024, it's  1,234")
-
-
-def test_a_name_that_is_not_known_changes_nothing() -> None:
-    tokenizer = byte_level()._tokenizer
-    before = tokenizer.to_str()
-    split_as_named_(tokenizer, "deepseek-coder")
-    split_as_named_(tokenizer, None)
-    assert tokenizer.to_str() == before
-
-
-def test_a_tokenizer_beside_the_file_is_not_read(here: Path) -> None:
-    tokens = byte_level().get_vocab()
-    through_a_file(tiny(vocab_size=len(tokens)))
-    tiny_tokenizer().save_pretrained(".")
-    loaded = load_model("m.gguf")
-    assert loaded.tokenizer is not None
-    assert loaded.tokenizer.get_vocab() == tokens
-
-
-def test_what_a_file_says_of_its_kind(here: Path) -> None:
-    through_a_file(tiny(vocab_size=len(byte_level())))
-    start = Path("m.gguf").read_bytes()
-    assert gguf_file._said(start, "general.architecture") == "llama"
-    assert gguf_file._said(start, "llama.block_count") == 3
-    assert gguf_file._said(start, "tokenizer.ggml.tokens") is None
-    assert gguf_file._said(b"GGUF", "general.architecture") is None
 
 
 def test_a_name_that_transformers_takes_for_a_kind(here: Path) -> None:
@@ -392,7 +362,7 @@ def test_what_transformers_leaves_out_of_a_file(here: Path) -> None:
 def test_sizes_that_a_file_says_wrong(here: Path) -> None:
     model = gguf_model(tiny(), "tiny")
     written(replace(model, values={**model.values, "add_feed_forward_length": 95}))
-    with pytest.raises(UserError, match=r"sizes that .* reads in it follows \(64, 95\)"):
+    with pytest.raises(UserError, match=r"of the sizes in its config follows \(64, 95\)"):
         load_model("m.gguf", tokenizer_required=False)
 
 
@@ -446,7 +416,7 @@ def test_a_window_limits_the_context(here: Path) -> None:
 def test_refuses_what_llama_cpp_computes_otherwise() -> None:
     with pytest.raises(UserError, match=f"type gemma, .* known are {', '.join(FAMILIES)}"):
         gguf_model(tiny("gemma"), "tiny")
-    with pytest.raises(UserError, match="activation gelu"):
+    with pytest.raises(UserError, match=r"known are .* with silu"):
         gguf_model(tiny(hidden_act="gelu"), "tiny")
     model = narrowed()
     attention = model.model.layers[1].self_attn
@@ -457,7 +427,7 @@ def test_refuses_what_llama_cpp_computes_otherwise() -> None:
     class Own(LlamaForCausalLM):
         """Of a folder, say, that computes something else."""
 
-    with pytest.raises(UserError, match="of the type llama and has code of its own"):
+    with pytest.raises(UserError, match="is a Own of the type llama, which is not exported"):
         gguf_model(Own(tiny().config), "tiny")
 
 
@@ -589,70 +559,12 @@ def test_tokenizer_of_pieces(tmp_path: Path) -> None:
         read_tokenizer(tmp_path, 8)
 
 
-@pytest.mark.parametrize(
-    "step",
-    [
-        normalizers.Replace("a", "▁"),
-        normalizers.Replace(" ", "_"),
-        normalizers.Replace(Regex(" +"), "▁"),
-        normalizers.Prepend("_"),
-        pre_tokenizers.Metaspace("_"),
-    ],
-)
-def test_other_steps_before_pieces_are_refused(tmp_path: Path, step: Any) -> None:
-    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")], byte_fallback=True))
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁")
-    save_tokenizer(tmp_path, tokenizer)
-    read_tokenizer(tmp_path, 8)
-    if isinstance(step, normalizers.Normalizer):
-        tokenizer.normalizer = step
-    else:
-        tokenizer.pre_tokenizer = step
-    save_tokenizer(tmp_path, tokenizer)
-    with pytest.raises(UserError, match="splits text"):
+@pytest.mark.parametrize("text", [None, "{", '{"model": {"type": "WordPiece"}}', "{}"])
+def test_a_tokenizer_that_is_none(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(UserError, match=r"tokenizer.json cannot be exported to GGUF .* --like"):
         read_tokenizer(tmp_path, 8)
-
-
-def test_a_tokenizer_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has no tokenizer.json; .* --like"):
-        read_tokenizer(tmp_path, 8)
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match=r"tokenizer.json cannot be read"):
-        read_tokenizer(tmp_path, 8)
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece"}}))
-    with pytest.raises(UserError, match="is a WordPiece, which is not exported"):
-        read_tokenizer(tmp_path, 8)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="is of no known kind, which is not exported"):
-        read_tokenizer(tmp_path, 8)
-
-
-def test_what_transformers_ignores_is_not_exported(tmp_path: Path) -> None:
-    """What is added to a text, and a template that one in a file of its own takes the place of."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{{ messages }}"
-    tokenizer.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    config |= {"add_bos_token": True, "add_eos_token": True, "chat_template": "old"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    assert again("a").input_ids == tokenizer("a", add_special_tokens=False).input_ids
-    assert again.chat_template == "{{ messages }}"
-    found = tokens_of(read_tokenizer(tmp_path, 262))
-    assert (found["add_bos_token"], found["add_eos_token"]) == (False, False)
-    assert found["tokenizer.chat_template"] == "{{ messages }}"
-
-
-def test_a_negative_id_stands_for_no_token(tmp_path: Path) -> None:
-    byte_level().save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"pad_token_id": -1, "eos_token_id": 2}))
-    found = read_tokenizer(tmp_path, 700)
-    assert found["tokenizer.ggml.eos_token_id"].value == 2
-    assert "tokenizer.ggml.padding_token_id" not in found
-
-
-# --------------------------------------------------------------------------------- the command
 
 
 def test_export_of_a_pruned_folder(here: Path) -> None:
@@ -674,9 +586,7 @@ def test_export_of_a_pruned_folder(here: Path) -> None:
     assert found["facts"]["left_in_f16"] == len(odd) > 0
     assert "prune with --round-to gguf" in shown.err
     unread = run("evaluate", "small.gguf", "--perplexity", "demo")
-    assert (
-        "small.gguf is of a kind that llama.cpp runs and transformers does not read" in unread.err
-    )
+    assert "small.gguf cannot be loaded" in unread.err
     again = run("export", "small", "--out", "small.gguf")
     assert again.code == 2
     assert "small.gguf exists" in again.err
@@ -716,15 +626,6 @@ def test_types_of_llama_cpp(here: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert sorted(path.name for path in here.iterdir()) == ["bin", "m", "o.gguf"]
 
 
-def test_biases_that_another_reader_reads(tmp_path: Path) -> None:
-    """transformers has another reader for such files, which its old table of names leaves out."""
-    file = tmp_path / "m.gguf"
-    writer = gguf.GGUFWriter(file, "qwen35")
-    writer.add_tensor("blk.0.ssm_dt.bias", np.zeros(4, np.float32))
-    write(writer)
-    gguf_file.require_all_read(tiny(), file)
-
-
 def test_weights_that_transformers_has_no_place_for(tmp_path: Path) -> None:
     """As those of StableLM 2 12B, which norms queries and keys."""
     file = tmp_path / "m.gguf"
@@ -743,7 +644,6 @@ def test_weights_that_transformers_has_no_place_for(tmp_path: Path) -> None:
     ("kind", "architecture", "key", "name"),
     [
         ("gpt2", "gpt2", "context_length", "n_positions"),
-        ("nemotron", "nemotron", "attention.key_length", "head_dim"),
         ("qwen3", "qwen3", "attention.key_length", "head_dim"),
         ("qwen3_moe", "qwen3moe", "expert_feed_forward_length", "moe_intermediate_size"),
         ("qwen2_moe", "qwen2moe", "expert_feed_forward_length", "moe_intermediate_size"),
@@ -771,8 +671,6 @@ def test_sizes_that_transformers_leaves_out(
     ("kind", "layers", "width", "scale"),
     [
         ("gemma2", 46, 4608, 144),
-        ("gemma2", 42, 3584, 128),
-        ("gemma3_text", 62, 5376, 168),
         ("gemma3_text", 34, 2560, 128),
     ],
 )
@@ -785,55 +683,6 @@ def test_scale_of_the_attention_of_gemma(
     config = AutoConfig.for_model(kind, num_hidden_layers=layers, **sizes)
     complete_from_gguf_(config, tmp_path / "m.gguf")
     assert config.query_pre_attn_scalar == scale
-
-
-def test_layers_with_a_window_are_not_scaled(tmp_path: Path) -> None:
-    """As those of Gemma 3 from 4B on, of whose rotary embeddings there are two kinds."""
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "gemma3")
-    writer.add_rope_freq_base(2e6)
-    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-    writer.add_rope_scaling_factor(8.0)
-    write(writer)
-    model = tiny_model("gemma3_text")
-    complete_from_gguf_(model.config, tmp_path / "m.gguf")
-    assert model.config.rope_parameters == {
-        "full_attention": {"rope_type": "linear", "rope_theta": 2e6, "factor": 8.0},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-    }
-    type(model)(model.config)
-
-
-def test_norms_that_have_no_weights_are_not_left_out(tmp_path: Path) -> None:
-    config = AutoConfig.for_model("mamba")
-    for normed in (False, True):
-        writer = gguf.GGUFWriter(tmp_path / "m.gguf", "mamba")
-        writer.add_ssm_dt_b_c_rms(normed)
-        write(writer)
-        if not normed:
-            complete_from_gguf_(config, tmp_path / "m.gguf")
-    with pytest.raises(UserError, match=r"is of a FalconMamba \(ssm\.dt_b_c_rms\)"):
-        complete_from_gguf_(config, tmp_path / "m.gguf")
-
-
-@pytest.mark.parametrize("last", [1e30, 8.0])
-def test_rotary_factors_that_say_what_the_config_says(tmp_path: Path, last: float) -> None:
-    """As those of Gemma 4: some are rotated as usual, the others not at all."""
-    file = tmp_path / "m.gguf"
-    writer = gguf.GGUFWriter(file, "gemma4")
-    writer.add_tensor("rope_freqs.weight", np.array([1, 1, last, last], np.float32))
-    write(writer)
-    config = tiny().config
-    rotary = {
-        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-        "full_attention": {"rope_type": "proportional", "rope_theta": 10000.0},
-    }
-    config.rope_parameters = rotary
-    if last == 1e30:
-        complete_from_gguf_(config, file)
-        assert config.rope_parameters == rotary
-    else:
-        with pytest.raises(UserError, match="does not say all that makes them up"):
-            complete_from_gguf_(config, file)
 
 
 def write(writer: gguf.GGUFWriter) -> None:

@@ -21,7 +21,6 @@ import pytest
 
 import llm_pruner.__main__ as entry
 import llm_pruner.commands.evaluate as evaluating
-import llm_pruner.commands.prune as pruning
 import llm_pruner.commands.recover as recovering
 from command import contents, done, refused, run, save_tiny, write_text
 from llm_pruner.commands.workdir import COMPRESSING, RECOVERING, begun, move_result, opened
@@ -35,7 +34,6 @@ from llm_pruner.files.outputs import (
     not_ours,
     write_output,
 )
-from llm_pruner.models.stored import check_file_states, file_states
 from llm_pruner.report.data import report_in
 from llm_pruner.runtime.processes import new_python
 from llm_pruner.runtime.signals import ended_alike
@@ -551,37 +549,3 @@ def test_a_measurement_that_fails_elsewhere_is_told_here(
 
 
 # Inputs that change.
-
-
-def test_weights_that_change_while_they_are_used(
-    work: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def changing(real: Any) -> Any:
-        def change(*args: Any, **keywords: Any) -> Any:
-            file = work / "zoo/dense/model.safetensors"
-            os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
-            return real(*args, **keywords)
-
-        return change
-
-    said = (
-        "llm-pruner: zoo/dense/model.safetensors was changed while it was in use, so nothing was "
-        "saved; run again when nothing else writes there"
-    )
-    before = contents(work)
-    with monkeypatch.context() as patch:
-        patch.setattr(pruning, "discover", changing(pruning.discover))
-        result = run("prune", "zoo/dense", "--out", "new", *QUICK)
-    assert (result.code, result.err) == (2, f"{said}\n")
-    assert contents(work) == before
-    with monkeypatch.context() as patch:
-        patch.setattr(recovering, "recover_", changing(recovering.recover_))
-        options = ("--data", "text.txt", "--teacher", "zoo/dense", *TRAIN)
-        result = run("recover", "small", "--out", "better", *options)
-    assert (result.code, result.err.splitlines()[-1]) == (2, said)
-    assert not Path("better").exists()
-    states = file_states("small")
-    check_file_states(states)
-    Path("small/config.json").unlink()
-    with pytest.raises(UserError, match=r"small/config\.json was removed while it was in use"):
-        check_file_states(states)

@@ -28,8 +28,8 @@ from llm_pruner.importance.observation import Measure, Observation, Reading
 from llm_pruner.importance.observing import last_members, measure
 from llm_pruner.models.activation_store import HiddenStates
 from llm_pruner.models.blockwise import find_chain
-from llm_pruner.models.consumers import Consumer, consumers_of, weight_of
 from llm_pruner.models.forward import undisturbed
+from llm_pruner.models.linear_modules import Consumer, consumers_of, weight_of
 from llm_pruner.models.streaming import stream_
 from llm_pruner.runtime.processes import ALONE
 from llm_pruner.types import Group, Member

@@ -25,7 +25,6 @@ from transformers import (
     DynamicCache,
 )
 
-import llm_pruner.models
 from llm_pruner.checkpoints import save_checkpoint
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
@@ -34,9 +33,8 @@ from llm_pruner.models.chatglm import (
     ChatGLMForConditionalGeneration,
     ChatGLMModel,
     ChatGLMTokenizer,
-    register,
 )
-from llm_pruner.models.chatglm.layout import Layout, positions, read_layout, visible
+from llm_pruner.models.chatglm.modeling import Layout, positions, read_layout, visible
 from llm_pruner.models.forward import repeat_
 from llm_pruner.surgery.cut import cut_
 from llm_pruner.surgery.removal import count_parameters
@@ -104,55 +102,14 @@ def picture(mask: torch.Tensor) -> list[str]:
 
 
 def test_positions_of_context_and_answer() -> None:
-    place, block = positions(layout_of([[5, 6, GMASK, SOP, 7, 8]]), 0, 6, two_dimensional=True)
+    place, block = positions(layout_of([[5, 6, GMASK, SOP, 7, 8]]), 0, 6)
     assert place.tolist() == [[0, 1, 2, 2, 2, 2]]
     assert block.tolist() == [[0, 0, 0, 1, 2, 3]]
 
 
-def test_mask_token_inside_the_context() -> None:
-    layout = layout_of([[5, MASK, 6, SOP, 7, 8]])
-    place, block = positions(layout, 0, 6, two_dimensional=True)
-    assert place.tolist() == [[0, 1, 2, 1, 1, 1]]
-    assert block.tolist() == [[0, 0, 0, 1, 2, 3]]
-
-
-def test_gmask_goes_before_mask() -> None:
-    layout = layout_of([[5, MASK, GMASK, SOP, 7]])
-    assert layout.mask_position.tolist() == [2]
-    assert layout.fills_in.tolist() == [False]
-
-
-def test_one_dimensional_positions() -> None:
-    layout = layout_of([[5, 6, GMASK, SOP, 7, 8], [5, MASK, 6, SOP, 7, 8]])
-    (place,) = positions(layout, 0, 6, two_dimensional=False)
-    assert place.tolist() == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 1, 1, 1]]
-
-
-def test_positions_go_on_behind_a_cache() -> None:
-    layout = layout_of([[5, 6, GMASK, SOP, 7], [9, GMASK, SOP, 7, 7]])
-    whole = positions(layout, 0, 9, two_dimensional=True)
-    later = positions(layout, 6, 3, two_dimensional=True)
-    for all_of_them, last in zip(whole, later, strict=True):
-        assert all_of_them[:, 6:].tolist() == last.tolist()
-    assert later[0].tolist() == [[2, 2, 2], [1, 1, 1]]
-    assert later[1].tolist() == [[4, 5, 6], [5, 6, 7]]
-
-
-def test_left_padding_moves_nothing() -> None:
-    rows = [[PAD, PAD, 5, 6, GMASK, SOP, 7], [4, 5, 6, 7, 8, GMASK, SOP]]
-    mask = [[0, 0, 1, 1, 1, 1, 1], [1] * 7]
-    layout = layout_of(rows, mask)
-    assert layout.padding.tolist() == [2, 0]
-    assert layout.context.tolist() == [3, 6]
-    place, block = positions(layout, 0, 7, two_dimensional=True)
-    assert place[0, 2:].tolist() == [0, 1, 2, 2, 2]
-    assert block[0, 2:].tolist() == [0, 0, 0, 1, 2]
-    assert block[1].tolist() == [0, 0, 0, 0, 0, 0, 1]
-
-
 def test_plain_text_is_an_answer_to_nothing() -> None:
     layout = layout_of([[5, 6, 7, 8], [5, GMASK, 7, 8]])
-    for place, block in zip(*positions(layout, 0, 4, two_dimensional=True), strict=True):
+    for place, block in zip(*positions(layout, 0, 4), strict=True):
         assert place.tolist() == [0, 0, 0, 0]
         assert block.tolist() == [1, 2, 3, 4]
     for row in range(2):
@@ -176,14 +133,6 @@ def test_context_is_seen_both_ways() -> None:
         "xxxxx.",
         "xxxxxx",
     ]
-
-
-def test_padding_is_seen_by_itself_alone() -> None:
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
-    layout = layout_of([[PAD, PAD, 5, GMASK, SOP, 7]], mask.tolist())
-    expected = ["x.xx..", ".xxx..", "..xx..", "..xx..", "..xxx.", "..xxxx"]
-    assert picture(visible(layout, 0, 6, 6, mask)[0, 0]) == expected
-    assert picture(visible(layout, 0, 6, 6, None)[0, 0]) == expected
 
 
 def test_padding_on_the_right_and_empty_places_of_a_cache() -> None:
@@ -266,13 +215,10 @@ def test_logits_follow_the_formulas(attention: str) -> None:
 ROWS = [[5, 6, 7, 8, 9, GMASK, SOP, 11, 12], [15, GMASK, SOP, 21, 22, 23, 24, 25, 26]]
 
 
-@pytest.mark.parametrize("two_dimensional", [True, False])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("rows", [ROWS, [[5, 6, 7, 8, 9, 10, 11, 12, 13]]], ids=["answer", "plain"])
-def test_cache_gives_what_running_again_gives(
-    attention: str, two_dimensional: bool, rows: list[list[int]]
-) -> None:
-    model = tiny(attention, position_encoding_2d=two_dimensional)
+def test_cache_gives_what_running_again_gives(attention: str, rows: list[list[int]]) -> None:
+    model = tiny(attention)
     tokens = torch.tensor(rows)
     whole = model(tokens, use_cache=False)
     first = model(tokens[:, :7], use_cache=True)
@@ -323,20 +269,6 @@ def test_left_padding_changes_no_logits(attention: str) -> None:
         alone = model(torch.tensor([[*row, int(step[index])]])).logits[0]
         assert float((padded.logits[index, -len(row) :] - alone[:-1]).abs().max()) < 1e-5
         assert float((later.logits[index, 0] - alone[-1]).abs().max()) < 1e-5
-
-
-def test_what_may_change_what() -> None:
-    model = tiny()
-    tokens = torch.tensor([[5, 6, 7, GMASK, SOP, 11, 12]])
-    base = model(tokens).logits[0]
-    context, answer = tokens.clone(), tokens.clone()
-    context[0, 2] = 50
-    answer[0, 6] = 50
-    by_context = (model(context).logits[0] - base).abs().amax(-1)
-    by_answer = (model(answer).logits[0] - base).abs().amax(-1)
-    assert float(by_context.min()) > 1e-3, "the first token sees the third"
-    assert float(by_answer[:6].max()) == 0.0, "nothing sees a later answer"
-    assert float(by_answer[6]) > 1e-3
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"use_cache": False}])
@@ -399,7 +331,7 @@ def test_wrong_inputs() -> None:
     with pytest.raises(ValueError, match="finds positions from the tokens"):
         model(ids, position_ids=torch.arange(9)[None])
     cache = model(ids, use_cache=True).cache
-    with pytest.raises(ValueError, match="holds 9 tokens and not how ChatGLM reads these 1 rows"):
+    with pytest.raises(ValueError, match="the cache is of other rows"):
         model(ids[:1, :1], cache=cache)
 
 
@@ -415,28 +347,6 @@ def test_full_size_on_meta() -> None:
     assert shapes["transformer.word_embeddings.weight"] == (130528, 4096)
     assert shapes["transformer.layers.27.attention.query_key_value.weight"] == (12288, 4096)
     assert shapes["transformer.layers.27.mlp.dense_h_to_4h.weight"] == (16384, 4096)
-
-
-def test_key_names_are_the_published_ones() -> None:
-    block = [
-        f"{module}.{kind}"
-        for module in (
-            "input_layernorm",
-            "attention.query_key_value",
-            "attention.dense",
-            "post_attention_layernorm",
-            "mlp.dense_h_to_4h",
-            "mlp.dense_4h_to_h",
-        )
-        for kind in ("weight", "bias")
-    ]
-    expected = {f"transformer.layers.{layer}.{name}" for layer in range(3) for name in block} | {
-        "transformer.word_embeddings.weight",
-        "transformer.final_layernorm.weight",
-        "transformer.final_layernorm.bias",
-        "lm_head.weight",
-    }
-    assert set(tiny().state_dict()) == expected
 
 
 PUBLISHED: dict[str, Any] = {
@@ -510,34 +420,17 @@ def test_fewer_layers_keep_the_residual_scale(tmp_path: Path) -> None:
     assert loaded.residual_scale == math.sqrt(56)
 
 
-def test_names_that_other_code_asks_for() -> None:
-    config = ChatGLMConfig()
-    assert (config.num_hidden_layers, config.intermediate_size) == (28, 16384)
-    assert (config.max_position_embeddings, config.head_dim) == (2048, 128)
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"quantization_bit": 4}, "quantization_bit=4: the weights are packed"),
-        ({"pre_seq_len": 128}, "pre_seq_len=128: the checkpoint has a tuned prefix"),
-        ({"multi_query_attention": True}, "has multi_query_attention, so it is ChatGLM2 or later"),
-        ({"hidden_size": 50}, "hidden_size=50 is no multiple of num_attention_heads=6"),
-        ({"head_dim": 6}, "head_dim=6 is no multiple of 4"),
+        ({"quantization_bit": 4}, "another quantization_bit"),
+        ({"pre_seq_len": 128}, "another pre_seq_len"),
+        ({"multi_query_attention": True}, "another multi_query_attention"),
     ],
 )
 def test_configs_that_cannot_be_used(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         tiny_config(**values)
-
-
-def test_registering_twice_is_fine() -> None:
-    register()
-    assert llm_pruner.models.chatglm.register is register
-    assert type(AutoConfig.for_model("chatglm")) is ChatGLMConfig
-
-
-# -------------------------------------------------------------------------------- tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -576,15 +469,6 @@ def tokenizer(pieces: bytes, tmp_path: Path) -> ChatGLMTokenizer:
     return ChatGLMTokenizer(str(path))
 
 
-def test_special_tokens_are_pieces(tokenizer: ChatGLMTokenizer) -> None:
-    assert tokenizer.convert_tokens_to_ids(SPECIAL) == list(range(5, 13))
-    assert (tokenizer.pad_token_id, tokenizer.mask_token_id) == (3, 5)
-    assert tokenizer.gmask_token_id == tokenizer.mask_token_id + 1
-    assert tokenizer.bos_token_id == tokenizer.mask_token_id + 4
-    assert tokenizer.eos_token_id == tokenizer.mask_token_id + 5
-    assert len(tokenizer) == tokenizer.vocab_size == 200
-
-
 def test_input_format(tokenizer: ChatGLMTokenizer) -> None:
     first, second = (
         tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("ab", "cd")
@@ -594,9 +478,6 @@ def test_input_format(tokenizer: ChatGLMTokenizer) -> None:
     )
     assert tokenizer("ab")["input_ids"] == [*first, gmask, sop]
     assert tokenizer("ab", "cd")["input_ids"] == [*first, gmask, sop, *second, eop]
-    encoded = tokenizer("ab", "cd", return_special_tokens_mask=True)
-    special = [int(index in (gmask, sop, eop)) for index in encoded["input_ids"]]
-    assert encoded["special_tokens_mask"] == special
     assert tokenizer.num_special_tokens_to_add() == 2
 
 
@@ -617,22 +498,6 @@ def test_batches_are_padded_on_the_left(tokenizer: ChatGLMTokenizer) -> None:
 def test_whitespace_survives(tokenizer: ChatGLMTokenizer, text: str) -> None:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == text
-
-
-def test_whitespace_tokens(tokenizer: ChatGLMTokenizer) -> None:
-    tokens = tokenizer.tokenize(f"a\n\tb{' ' * 83}c")
-    assert [token for token in tokens if token.startswith("<")] == [
-        "<n>",
-        "<|tab|>",
-        "<|blank_80|>",
-        "<|blank_3|>",
-    ]
-
-
-def test_special_tokens_in_a_text_are_tokens(tokenizer: ChatGLMTokenizer) -> None:
-    ids = tokenizer("ab[MASK]cd")["input_ids"]
-    assert ids.count(5) == 1
-    assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == "abcd"
 
 
 def test_text_options(pieces: bytes, tmp_path: Path, tokenizer: ChatGLMTokenizer) -> None:
@@ -680,9 +545,9 @@ def test_tokenizer_loads_through_the_auto_class(pieces: bytes, tmp_path: Path) -
 def test_tokenizers_that_cannot_be_used(pieces: bytes, tmp_path: Path) -> None:
     path = tmp_path / "ice_text.model"
     path.write_bytes(pieces)
-    with pytest.raises(UserError, match="num_image_tokens=20000: this tokenizer belongs to an old"):
+    with pytest.raises(UserError, match="is of another release"):
         ChatGLMTokenizer(str(path), num_image_tokens=20000)
-    with pytest.raises(UserError, match=r"ice_text\.model has no piece \[gM\], so it is no token"):
+    with pytest.raises(UserError, match="is of another release"):
         ChatGLMTokenizer(str(path), gmask_token="[gM]")
 
 
@@ -699,7 +564,7 @@ def discovered(attention: str) -> tuple[ChatGLMForConditionalGeneration, Discove
 
 
 @pytest.mark.parametrize(
-    ("attention", "kind"), [*(("sdpa", kind) for kind in (*KINDS, "all")), ("eager", "all")]
+    ("attention", "kind"), [("sdpa", "hidden"), ("sdpa", "all"), ("eager", "all")]
 )
 def test_pruned_equals_twin(attention: str, kind: str, record_property: Any) -> None:
     model, discovery = discovered(attention)
@@ -721,32 +586,18 @@ def test_pruned_equals_twin(attention: str, kind: str, record_property: Any) -> 
     assert difference <= 1e-5
 
 
-def test_pruned_model_reads_prefixes_as_its_twin() -> None:
-    """The trace saw random tokens; contexts and padding must work as well afterwards."""
-    dense, discovery = discovered("sdpa")
-    model = copy.deepcopy(dense)
-    removal = pick(discovery, ("heads", "ffn"))
-    smaller = copy.deepcopy(model)
-    cut_(smaller, discovery, removal)
-    for name, units in removal.items():
-        for member in discovery.group(name).members:
-            axis = model.get_parameter(member.tensor).movedim(member.dim, 0)
-            axis[torch.from_numpy(member.index[units].ravel())] = 0
-    ids, mask = pad_left(RAGGED)
-    difference = model(ids, attention_mask=mask).logits - smaller(ids, attention_mask=mask).logits
-    assert float(difference[mask.bool()].abs().max()) <= 1e-5
-
-
-def test_plain_checkpoint_still_needs_the_package(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("pruned", "kind"), [(3, "stock"), (1, "recipe")])
+def test_checkpoints_need_the_package(pruned: int, kind: str, tmp_path: Path) -> None:
     model, discovery = discovered("sdpa")
     smaller = copy.deepcopy(model)
     groups = [group.name for group in discovery.groups if group.kind == "ffn"]
-    edits = cut_(smaller, discovery, {name: np.arange(8) for name in groups})
-    saved = save_checkpoint(
-        smaller,
-        tmp_path / "out",
-        edits=edits,
-        plan_json="{}",
-        dense_config=model.config,
-    )
-    assert (saved.kind, saved.needs) == ("stock", ("import llm_pruner",))
+    edits = cut_(smaller, discovery, {name: np.arange(8) for name in groups[:pruned]})
+    saved = save_checkpoint(smaller, tmp_path / "out", edits=edits, dense_config=model.config)
+    assert (saved.kind, saved.needs) == (kind, ("import llm_pruner",))
+    assert not [*saved.path.glob("*.py")]
+    loaded = AutoModelForCausalLM.from_pretrained(saved.path)
+    ids = torch.tensor(ROWS)
+    assert torch.equal(loaded(ids).logits, smaller(ids).logits)
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(ids).logits, smaller(ids).logits)

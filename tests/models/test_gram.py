@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llm_pruner.models.consumers import add_gram_, complete_gram_
+from llm_pruner.models.linear_modules import add_gram_, complete_gram_
 
 
 @pytest.mark.parametrize("features", [1, 255, 256, 257, 1100])

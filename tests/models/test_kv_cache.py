@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from helpers import VOCABULARY, tiny_model
 from llm_pruner.models.forward import Decoder, make_room_
@@ -23,8 +23,8 @@ def decoded(model_type: str, room: int | None, steps: int = 9) -> tuple[torch.Te
     return torch.stack(logits), decoder
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mistral", "gemma2"])
-@pytest.mark.parametrize("room", [13, 7, 0], ids=["enough", "too little", "none"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+@pytest.mark.parametrize("room", [13, 7], ids=["enough", "too little"])
 def test_room_changes_no_logits(model_type: str, room: int) -> None:
     plain, _ = decoded(model_type, None)
     roomy, _ = decoded(model_type, room)
@@ -51,21 +51,3 @@ def test_layers_that_drop_tokens_stay_as_they_are() -> None:
     make_room_(decoder.cache, 20)
     assert decoder.cache.layers == before
     assert {type(one) for one in before} == {DynamicSlidingWindowLayer}
-
-
-def test_a_cache_of_another_kind_is_left_alone() -> None:
-    class Fixed:
-        layers = (DynamicLayer(),)
-
-    for cache in (None, [torch.zeros(2)], Fixed()):
-        make_room_(cache, 4)
-    assert type(Fixed.layers[0]) is DynamicLayer
-
-
-def test_layers_without_tokens_are_left_alone() -> None:
-    _, decoder = decoded("llama", None, steps=1)
-    empty = DynamicLayer()
-    decoder.cache.layers.append(empty)
-    make_room_(decoder.cache, 9)
-    assert decoder.cache.layers[-1] is empty
-    assert type(decoder.cache.layers[0]) is not DynamicLayer

@@ -11,21 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BertConfig,
-    BertForMaskedLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
-    GitConfig,
-    GitForCausalLM,
-    LlamaConfig,
-    LlavaConfig,
 )
 
 import llm_pruner
@@ -33,8 +27,9 @@ from command import done
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.result_cache import shared_corpora
+from llm_pruner.models import checkpoint_files as sources
 from llm_pruner.models import load as loading
-from llm_pruner.models import stored as sources
+from llm_pruner.models import model_source
 from llm_pruner.models.gguf_file import drop_tokens_beyond_, weights_in
 from llm_pruner.models.load import fingerprint, load_model, load_tokenizer
 from llm_pruner.models.streaming import is_model_streamed
@@ -59,12 +54,6 @@ def test_folder(folder: Path) -> None:
     assert loaded.tokenizer is not None
     tokens = loaded.tokenizer("some text", return_tensors="pt").input_ids
     assert torch.equal(loaded.model(tokens).logits, reference(tokens).logits)
-
-
-def test_loading_is_silent(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    capfd.readouterr()
-    load_model(str(folder))
-    assert capfd.readouterr() == ("", "")
 
 
 def test_dtype(folder: Path) -> None:
@@ -109,13 +98,6 @@ def test_fingerprint_names_the_model(folder: Path) -> None:
     assert len({first, *map(fingerprint, others)}) == 5
 
 
-def test_fingerprint_without_weights() -> None:
-    with torch.device("meta"):
-        small = AutoModelForCausalLM.from_config(tiny_model("llama").config)
-        again = AutoModelForCausalLM.from_config(tiny_model("llama").config)
-    assert fingerprint(small) == fingerprint(again)
-
-
 def test_folder_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere does not exist; name a folder"):
         load_model(str(tmp_path / "nowhere"))
@@ -135,16 +117,6 @@ def cut_weights(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
 
 
-def cut_header(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:100])
-
-
-def longer(folder: Path) -> None:
-    with (folder / "model.safetensors").open("ab") as file:
-        file.write(b"more")
-
-
 def pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -155,21 +127,8 @@ def sharded(folder: Path) -> None:
     next(folder.glob("model-00002-of-*")).unlink()
 
 
-def packed(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    weights = load_file(file)
-    name = "model.layers.0.mlp.up_proj.weight"
-    weights[name] = weights[name].to(torch.float8_e4m3fn)
-    save_file(weights, file, {"format": "pt"})
-
-
 def adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
-
-
-def lone_adapter(folder: Path) -> None:
-    adapter(folder)
-    (folder / "config.json").unlink()
 
 
 def config_values(**values: object) -> Callable[[Path], None]:
@@ -189,23 +148,20 @@ def remote_code(folder: Path) -> None:
     ("change", "message"),
     [
         (remove("config.json"), "tiny has no config.json, so it is no checkpoint"),
-        (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
+        (lambda f: (f / "config.json").write_text("{"), "tiny cannot be loaded"),
         (remove("*.safetensors"), "tiny has no weights"),
-        (
-            cut_weights,
-            r"model\.safetensors is truncated: it holds (\d+) bytes and its header promises \d+;",
-        ),
-        (cut_header, r"truncated: it holds 100 bytes and its header promises at least \d\d\d\d"),
-        (lambda f: (f / "model.safetensors").write_bytes(b""), "holds 0 bytes"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"\2" + b"\0" * 7 + b"no"), "no safeten"),
-        (longer, r"is damaged: it holds \d+ bytes"),
+        (cut_weights, r"model\.safetensors is no whole safetensors file; copy or download it"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), "is no whole safetensors"),
         (pickled, r"only as a pickle \(pytorch_model.bin\).*convert it to safetensors"),
         (sharded, r"lacks 1 of the \d+ weight files .* model-00002-of-"),
         (remove("tokenizer*"), "tiny has no tokenizer"),
-        (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer of .* cannot be loaded"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), "tiny cannot be loaded"),
         (remote_code, "brings Python code of its own, which runs only with --trust-remote-code"),
-        (config_values(model_type="homemade"), "of a model type that transformers"),
-        (config_values(model_type="t5"), "is no causal language model"),
+        (
+            config_values(model_type="homemade"),
+            "architecture.*newer transformers",
+        ),
+        (config_values(model_type="t5"), "Unrecognized configuration class"),
         (config_values(num_hidden_layers=4), "lacks 9 weights of a LlamaForCausalLM"),
         (config_values(quantization_config={"quant_method": "gptq"}), r"is quantized \(gptq\)"),
         (config_values(hidden_size=50), "cannot be loaded .*hidden size"),
@@ -213,17 +169,7 @@ def remote_code(folder: Path) -> None:
             config_values(vocab_size=50),
             r"has lm_head.weight in the shape \(\d+, 48\) in its weights, and .* \(50, 48\);",
         ),
-        (packed, "weights of the type F8_E4M3, and its config.json does not say how"),
-        (adapter, r"has an adapter beside its weights \(adapter_config.json\); merge it"),
-        (
-            config_values(transformers_weights="adapter_model.bin"),
-            r"has its weights in 'adapter_model.bin', says its config.json",
-        ),
-        (
-            lambda f: (f / "shard-00001-model-00001-of-00001.safetensors").touch(),
-            r"has the shards of a training run",
-        ),
-        (lone_adapter, r"tiny is an adapter without its model \(adapter_config.json\); merge"),
+        (adapter, r"holds an adapter \(adapter_config.json\); merge it"),
     ],
 )
 def test_bad_folders(folder: Path, change: Callable[[Path], None], message: str) -> None:
@@ -231,37 +177,6 @@ def test_bad_folders(folder: Path, change: Callable[[Path], None], message: str)
     with pytest.raises(UserError, match=message) as raised:
         load_model(str(folder))
     assert "\n" not in str(raised.value)
-
-
-def test_packing_that_the_config_of_the_text_says(tmp_path: Path) -> None:
-    text = LlamaConfig(quantization_config={"quant_method": "gptq"})
-    LlavaConfig(text_config=text).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"is quantized \(gptq\)"):
-        load_model(str(tmp_path), weights=False)
-
-
-@pytest.mark.usefixtures("hub")
-def test_packed_weights_are_refused_when_they_are_fetched(folder: Path) -> None:
-    packed(folder)
-    with pytest.raises(UserError, match="weights of the type F8_E4M3"):
-        load_model("me/tiny")
-
-
-def test_files_that_are_watched_are_those_of_the_index(tmp_path: Path) -> None:
-    tiny_model("llama").save_pretrained(tmp_path, max_shard_size="100KB")
-    index = tmp_path / "model.safetensors.index.json"
-    (tmp_path / "inner").mkdir()
-    for file in sorted(tmp_path.glob("model-*")):
-        file.rename(tmp_path / "inner" / file.name)
-    index.write_text(index.read_text().replace('"model-', '"inner/model-'))
-    states = sources.file_states(str(tmp_path))
-    watched = {file.relative_to(tmp_path).parts[0] for file, *_ in states}
-    assert watched == {"config.json", "inner"}
-
-
-def test_float64_is_not_packed(folder: Path) -> None:
-    tiny_model("llama").double().save_pretrained(folder)
-    assert load_model(str(folder), dtype="auto").model.dtype == torch.float64
 
 
 def test_weights_that_the_model_does_not_have(
@@ -278,7 +193,7 @@ def test_an_adapter_beside_a_file(tmp_path: Path) -> None:
     file = tmp_path / "it.gguf"
     file.write_bytes(sources.default_gguf().read_bytes()[: 2**16])
     adapter(tmp_path)
-    with pytest.raises(UserError, match=r"has an adapter beside its weights"):
+    with pytest.raises(UserError, match=r"holds an adapter"):
         load_model(str(file))
 
 
@@ -307,25 +222,10 @@ def test_tokenizer_that_nobody_needs(folder: Path) -> None:
 
 def test_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="neither a local folder nor a model that can be fetched"):
+    with pytest.raises(UserError, match=r"cannot be loaded .*check the name and the connection"):
         load_model("nobody/no-such-model")
     with pytest.raises(UserError, match="did you mean default"):
         load_model("defalt")
-
-
-def test_an_adapter_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nothing(*_: Any, **__: Any) -> None:
-        raise OSError("no config.json")
-
-    monkeypatch.setattr(AutoConfig, "from_pretrained", nothing)
-    monkeypatch.setattr(loading, "find_adapter_config_file", lambda *_, **__: "adapter_config.json")
-    with pytest.raises(UserError, match="me/lora is an adapter without its model"):
-        load_model("me/lora")
-
-
-def test_a_revision_is_of_the_hub(folder: Path) -> None:
-    with pytest.raises(UserError, match="--revision v2 is of models on the hub, and"):
-        load_model(str(folder), revision="v2")
 
 
 def test_the_config_alone_of_a_model_whose_layers_differ(folder: Path) -> None:
@@ -333,8 +233,6 @@ def test_the_config_alone_of_a_model_whose_layers_differ(folder: Path) -> None:
     cut = ("--ratio", 0.05, "--structures", "ffn", "--criterion", "l2", "--scope", "global")
     done("prune", folder, "--out", small, *cut, "--compensation", "none")
     assert load_model(str(small), weights=False).model.num_parameters()
-    with pytest.raises(UserError, match="is the config of a model whose layers differ"):
-        load_model(str(small / "config.json"), weights=False)
 
 
 def test_a_file_of_another_kind(tmp_path: Path) -> None:
@@ -347,7 +245,7 @@ def test_a_file_of_another_kind(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (None, "does not exist"),
-        (b"PK\3\4 and so on", r"is no GGUF file \(it starts with b'PK"),
+        (b"PK\3\4 and so on", "cannot be loaded"),
         (b"GGUF\3\0\0\0", "cannot be loaded"),
     ],
 )
@@ -382,7 +280,7 @@ def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return str(cache)
 
     monkeypatch.setattr(sources, "snapshot_download", snapshot)
-    monkeypatch.setattr(loading, "find_adapter_config_file", lambda *_, **__: None)
+    monkeypatch.setattr(model_source, "find_adapter_config_file", lambda *_, **__: None)
     for auto in (AutoConfig, AutoModelForCausalLM, AutoTokenizer):
         read = auto.from_pretrained
 
@@ -394,37 +292,21 @@ def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_room_for_a_file_that_is_unpacked_whole(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = folder.parent / "m.gguf"
     done("export", folder, "--type", "f16", "--out", file)
     count = sum(one.numel() for one in tiny_model("llama").parameters())
     assert weights_in(file) == count
-    packed = ModelSettings(model=str(file), dtype="bfloat16")
-    with pytest.raises(UserError, match=r"a \.gguf is unpacked whole, .* in bfloat16, more than"):
-        loading.check_memory(packed, 2 * count - 1)
-    caplog.clear()
-    for free in (2 * count, 2 * count - 1):
-        assert not caplog.messages
-        monkeypatch.setattr(loading, "free_bytes", lambda _, free=free: free)
-        loading.check_memory(packed, "auto")
-    assert "GB of memory are free" in caplog.text
-    loading.check_memory(packed, 2 * count)
-    loading.check_memory(packed.loading(folder), 1)
+    monkeypatch.setattr(loading, "free_bytes", lambda _: 2 * count - 1)
+    with pytest.raises(UserError, match=r"a \.gguf is unpacked whole, and .* are free; name"):
+        load_model(str(file), dtype="bfloat16")
+    load_model(str(folder), dtype="bfloat16")
 
 
 @pytest.mark.usefixtures("hub")
 def test_the_commit_of_a_model_of_the_hub() -> None:
     assert load_model("me/tiny", memory=2**30).revision == "1f0c"
-
-
-def test_an_encoder_is_refused(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    config = BertConfig(vocab_size=40, num_attention_heads=2, **sizes)
-    BertForMaskedLM(config).save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"is an encoder \(bert\): each token sees"):
-        load_model(str(tmp_path))
 
 
 def test_what_makes_inputs_of_images_is_kept(tmp_path: Path) -> None:
@@ -445,17 +327,6 @@ def test_what_makes_inputs_of_images_is_kept(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "again/config.json").read_text())
     assert {config["dtype"], config["text_config"]["dtype"]} == {"bfloat16"}
     assert loaded.model.dtype == loaded.model.config.text_config.dtype == torch.float32
-
-
-def test_what_makes_inputs_of_images_is_kept_where_text_has_no_config_of_its_own(
-    folder: Path,
-) -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 2}
-    vision = sizes | {"image_size": 28, "patch_size": 14}
-    GitForCausalLM(GitConfig(vision_config=vision, vocab_size=300, **sizes)).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text("{}")
-    assert load_model(str(folder)).processor == {"preprocessor_config.json": b"{}"}
 
 
 def test_a_model_of_the_hub_is_read_block_by_block_at_once(folder: Path, hub: Path) -> None:
@@ -510,19 +381,6 @@ def test_tokens_without_a_row_do_not_come_back_when_the_tokenizer_is_saved(tmp_p
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert len(again) == len(tokenizer) == rows
     assert max(again("a [PAD] <extra> b").input_ids) < rows
-
-
-def test_where_files_of_the_hub_lie_that_nobody_asked_for(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """huggingface_hub calls a snapshot incomplete that lacks, say, the README."""
-
-    def snapshot(*_: Any, **__: Any) -> str:
-        raise IncompleteSnapshotError("README.md is missing", snapshot_path=str(folder))
-
-    monkeypatch.setattr(sources, "snapshot_download", snapshot)
-    assert sources.stored_at("me/tiny") == folder
-    assert sources.stored_size("me/tiny", None, "float32") is not None
 
 
 def test_the_type_of_a_model_of_the_hub_is_that_of_its_files(folder: Path, hub: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,16 +115,3 @@ def modules_of_checkpoints_in(cache: Path) -> Iterator[None]:
         yield
     for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
         del sys.modules[name]
-
-
-def in_old_form(folder: Path) -> Path:
-    """Rewrite a folder with modelling code as versions before 0.3 wrote it; return it."""
-    file = folder / "config.json"
-    config = json.loads(file.read_text())
-    config["quantization_config"] = {"quant_method": "llm_pruner", **config.pop("pruned")}
-    config["architectures"] = [name.removeprefix("Pruned") for name in config["architectures"]]
-    for key in ("auto_map", "per_layer_config", "allow_global_per_layer_attribute_access"):
-        config.pop(key, None)
-    file.write_text(json.dumps(config))
-    (folder / "modeling_pruned.py").unlink()
-    return folder

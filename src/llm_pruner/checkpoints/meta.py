@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
-from llm_pruner.models import older_code
 from llm_pruner.models.layers import is_layer_list
 from llm_pruner.models.modeling_pruned import put
 from llm_pruner.runtime.progress import quiet
@@ -57,7 +56,6 @@ def is_integer(value: Any) -> TypeGuard[int]:
 
 
 Sizes = dict[tuple[str, str, Any], Any]
-"""(what, name, detail) -> value; see ``sizes``."""
 
 
 class Trials:
@@ -95,11 +93,10 @@ def quiet_trial() -> AbstractContextManager[None]:
 
 
 def sizes(model: nn.Module) -> Sizes:
-    """Return everything countable about a model.
+    """Return everything countable about a model; tied parameters under each of their names.
 
-    Keys are ``("parameter", name, dim)`` and ``("buffer", name, dim)`` with the size as the value,
-    ``("list", name, "len")`` for module lists, and ``("attribute", module, name)`` for numbers and
-    tuples of numbers that modules hold. Tied parameters appear under each of their names.
+    Keys are ``("parameter", name, dim)``, ``("buffer", name, dim)``, ``("list", name, "len")`` of
+    module lists, and ``("attribute", module, name)`` of numbers and tuples that modules hold.
     """
     found: Sizes = {}
     for what, named in (("parameter", model.named_parameters), ("buffer", model.named_buffers)):
@@ -129,17 +126,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def computed_buffers(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+def computed_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return the buffers that no checkpoint holds, as loading computes them; changes ``model``.
 
     ``model`` is on the meta device. The modules fill these buffers from their config in
-    ``_init_weights``, which is what ``from_pretrained`` relies on as well. Of code for an earlier
-    transformers they are those that it computes as it makes a model of ``config``.
+    ``_init_weights``, which is what ``from_pretrained`` relies on as well.
     """
-    buffers = dict(model.named_non_persistent_buffers())
-    if not buffers:
-        return {}
-    for name, buffer in buffers.items():
+    for name, buffer in [*model.named_non_persistent_buffers()]:
         owner, _, attribute = name.rpartition(".")
         empty = torch.zeros_like(buffer, device="cpu")
         model.get_submodule(owner).register_buffer(attribute, empty, persistent=False)
@@ -147,10 +140,7 @@ def computed_buffers(model: PreTrainedModel, config: PreTrainedConfig) -> dict[s
         parameter._is_hf_initialized = True
     with quiet_trial():
         model.initialize_weights()
-    made = older_code.computed_buffers(model, config)
-    early = {f"{path}.{name}".removeprefix("."): value for (path, name), value in made.items()}
-    found = dict(model.named_non_persistent_buffers())
-    return found | {name: value for name, value in early.items() if name in found}
+    return dict(model.named_non_persistent_buffers())
 
 
 def get_path(holder: Any, path: str) -> Any:

@@ -11,10 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llm_pruner.checkpoints.quantizer import QUANT_METHOD
-from llm_pruner.checkpoints.save import make_readable, silent_writing
+from llm_pruner.checkpoints.save import make_readable
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import json_object
 from llm_pruner.files.outputs import MANIFEST, atomic_directory
 from llm_pruner.runtime.progress import quiet_bars
 
@@ -26,28 +24,18 @@ def save_packed(
     max_shard_size: str,
     beside: Callable[[Path, PreTrainedModel], None] = lambda *_: None,
 ) -> PreTrainedModel:
-    """Write a checkpoint anew with the weights of its linear layers in int8.
+    """Write a checkpoint anew with linear weights in int8, and return the packed model.
 
-    That is torchao's ``Int8WeightOnlyConfig``, symmetric with a scale for each row. Embeddings,
-    norms and what is no ``nn.Linear`` stay as they are. What lies beside the weights comes along.
+    That is torchao's ``Int8WeightOnlyConfig``, symmetric with a scale for each row. Other weights,
+    and what lies beside them, stay as they are.
 
     Args:
         source: a folder of a model whose code is in transformers.
-        out: the folder; appears only once it is complete.
-        beside: called with the folder and the packed model, to write more files beside the weights.
-
-    Returns:
-        The model with its weights as they were packed.
+        beside: called with the folder and the packed model, to write more files.
 
     Raises:
-        UserError: the folder holds a recipe, or nothing in the model can be packed.
+        UserError: nothing in the model can be packed.
     """
-    packing = json_object(source / "config.json").get("quantization_config", {})
-    if packing.get("quant_method") == QUANT_METHOD:
-        raise UserError(
-            f"{source.name} is saved as a recipe, which llm-pruner alone reads, and torchao packs "
-            "no such folder; leave --quantize out"
-        )
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
@@ -63,7 +51,7 @@ def save_packed(
     if not any(map(is_traceable_wrapper_subclass, model.parameters())):
         raise _nothing_packed(source.name)
     weights = shutil.ignore_patterns("*.safetensors*", MANIFEST)
-    with atomic_directory(out, overwrite=False) as folder, silent_writing():
+    with atomic_directory(out, overwrite=False) as folder, quiet_bars("transformers"):
         shutil.copytree(source, folder, ignore=weights, dirs_exist_ok=True)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         make_readable(folder)

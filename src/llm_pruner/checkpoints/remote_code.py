@@ -1,16 +1,14 @@
-"""Folders that load without this package: modelling code of their own, and a recipe beside it.
+"""Folders of pruned models whose layers differ: a recipe in config.json, and code beside it.
 
-``modeling_pruned.py`` is that code; a folder adds the classes of its model, and what these build
-upon where that is no model of transformers. Otherwise, where this package is installed, no code of
-a folder runs: ``llm_pruner.hook`` has each model whose config holds a recipe
-built by the class that is made here, which looks at the recipe as ``quantizer`` says before it does
-what the code does.
+``modeling_pruned.py`` is that code, with the classes of the model appended; with it the folder
+loads without this package. Where this package is installed, no code of the folder runs:
+``llm_pruner.hook`` builds every model whose config holds a recipe from the class made here, which
+checks the recipe (``apply_recipe``) and then does what the code does.
 """
 
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,19 +24,17 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from llm_pruner.checkpoints import meta
-from llm_pruner.checkpoints.quantizer import (
+from llm_pruner.checkpoints.apply_recipe import (
     config_misfits,
     cut_skeleton_,
-    dense_copy,
     require_none,
     tied_shapes,
 )
-from llm_pruner.checkpoints.reshape import Recipe, from_json, to_json
-from llm_pruner.hook import has_recipe
-from llm_pruner.models import modeling_pruned, older_code
-from llm_pruner.models.layers import configs_of
+from llm_pruner.checkpoints.recipe import Recipe, from_json, to_json
+from llm_pruner.errors import UserError
+from llm_pruner.models import modeling_pruned
+from llm_pruner.models.layers import configs_of, has_recipe
 from llm_pruner.models.modeling_pruned import Pruned, within
-from llm_pruner.models.older_code import is_own_code
 
 KEY, CODE = "pruned", "modeling_pruned"
 
@@ -51,14 +47,13 @@ _RECORDING = "llm_pruner_heads"
 
 
 class Checked(Pruned):
-    """The same for a recipe that anybody may have written; UserError if it does not do."""
+    """``Pruned`` for a recipe that anybody may have written; UserError if it does not fit."""
 
     config: Any
 
     def __init__(self, config: Any, *inputs: Any, **options: Any) -> None:
         recipe = from_json(config.pruned)
         require_none(config, config_misfits(config, recipe))
-        dense_copy(config, recipe)  # says what the config refuses
         config.pruned = to_json(recipe)
         super().__init__(config, *inputs, **options)
 
@@ -72,29 +67,20 @@ class Checked(Pruned):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
         """Save as any model, with the code beside the weights."""
-        if options.get("is_main_process", True) and not vars(self).get("_hf_peft_config_loaded"):
-            classes, folder = _classes(self), Path(save_directory)
+        classes, folder = _classes(self), Path(save_directory)
+        adapter = vars(self).get("_hf_peft_config_loaded")
+        if classes and options.get("is_main_process", True) and not adapter:
             self.config.auto_map = _auto_map(self.config, classes)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{CODE}.py").write_text(_code(classes), encoding="utf-8")
             if is_own_code(self):
                 custom_object_save(self, folder)
-                shutil.copy(older_code.__file__, folder)
         super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc]
 
     def _get_files_timestamps(self, working_dir: Any) -> dict[str, float]:
-        """Have a push to the hub take the code for new: it lies there before the weights do."""
+        """Have a push to the hub upload the code, which is written before the weights."""
         found = super()._get_files_timestamps(working_dir)  # type: ignore[misc]
         return {name: time for name, time in found.items() if not name.endswith(".py")}
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Let copies be made, also in other processes, where the class is made anew."""
-        return _new, (stock_class(type(self)),), *super().__reduce_ex__(protocol)[2:]
-
-
-def _new(model_class: type[PreTrainedModel]) -> PreTrainedModel:
-    made = pruned_class(model_class)
-    return made.__new__(made)
 
 
 _MADE: dict[type[PreTrainedModel], Any] = {}
@@ -107,9 +93,8 @@ def pruned_class(model_class: type[PreTrainedModel]) -> Any:
     if model_class not in _MADE:
         # In the module of its base, since transformers looks into the source of a class.
         place = {"__module__": model_class.__module__, "_auto_class": None}
-        first = () if is_of_transformers(model_class) else (older_code.Completed,)
         name = f"Pruned{model_class.__name__}"
-        _MADE[model_class] = type(name, (*first, Checked, model_class), place)
+        _MADE[model_class] = type(name, (Checked, model_class), place)
     return _MADE[model_class]
 
 
@@ -123,47 +108,51 @@ def stock_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     )
 
 
+def is_own_code(model: object) -> bool:
+    """Whether the code of a model comes with its checkpoint."""
+    return type(model).__module__.startswith("transformers_modules.")
+
+
 def is_of_transformers(model_class: type[PreTrainedModel]) -> bool:
     """Whether a class is one of transformers', not of a checkpoint or of this package."""
     return model_class.__module__.startswith("transformers.")
 
 
-# ------------------------------------------------------------------------------- what is written
-
-
-def with_code(
+def with_recipe(
     config: PreTrainedConfig, recipe: Recipe, model: PreTrainedModel
-) -> PreTrainedConfig | None:
-    """Return the config of a folder with this code, or None if none would give the model.
+) -> PreTrainedConfig:
+    """Return the config of a folder whose layers differ, with the recipe under ``pruned``.
 
-    The code changes models of transformers, and of code that comes with a checkpoint; what this
-    package adds has its code here alone.
-
-    Args:
-        config: says of the layers what the config of such a model can say.
-        recipe: what turns the dense model into this one.
-        model: as surgery left it.
+    ``auto_map`` names the classes of the code beside it; models that this package adds to
+    transformers have none. Raises UserError if the model could not be built from it.
     """
     model_class = stock_class(type(model))
-    # With a config of transformers, a folder's own code would be taken for its model of that.
-    own = is_own_code(model) and not type(config).__module__.startswith("transformers.")
-    if not (is_of_transformers(model_class) or own):
-        return None
     config = copy.deepcopy(config)
     config.pruned = to_json(replace(recipe, shapes=tied_shapes(model, recipe)))
-    classes = _classes(model)
     whole = _built(model_class, config)
-    if whole is None or any(meta.differing(meta.sizes(whole), meta.sizes(model))):
-        return None
+    # With a config of transformers, a folder's own code would be taken for its model of that.
+    hidden = is_own_code(model) and type(config).__module__.startswith("transformers.")
+    if hidden or whole is None or any(meta.differing(meta.sizes(whole), meta.sizes(model))):
+        raise UserError(
+            f"a {model_class.__name__} whose layers differ cannot be loaded again, so nothing was "
+            "saved; prune with --uniform"
+        )
+    classes = _classes(model)
     base = _built(stock_class(type(model.base_model)), config)
     if base is None or any(meta.differing(meta.sizes(base), meta.sizes(model.base_model))):
         classes.pop("AutoModel", None)
     if not classes:
-        return None
+        return config
     config.auto_map = _auto_map(config, classes)
     if getattr(config, "is_heterogeneous", False):
         return config  # it says the heads of layers that the dense model has
     return _with_heads(config, per_layer_config(whole))
+
+
+def has_code(config: PreTrainedConfig) -> bool:
+    """Whether a config names classes of the code beside it."""
+    named = getattr(config, "auto_map", None) or {}
+    return any(str(where).startswith(f"{CODE}.") for where in named.values())
 
 
 def _with_heads(config: PreTrainedConfig, heads: dict[int, dict[str, int]]) -> PreTrainedConfig:
@@ -179,8 +168,8 @@ def _with_heads(config: PreTrainedConfig, heads: dict[int, dict[str, int]]) -> P
     return said if heads else config
 
 
-def without_code_(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any] | None:
-    """Remove from a config what ``with_code`` added; return the recipe, None if it has none."""
+def without_recipe_(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any] | None:
+    """Remove from a config what ``with_recipe`` added; return the recipe, None if it has none."""
     if is_of_transformers(stock_class(type(model))):
         vars(config).pop("auto_map", None)  # of code that is not written here
     if not has_recipe(config):
@@ -207,7 +196,7 @@ def _built(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
 
 
 def _classes(model: PreTrainedModel) -> dict[str, type[PreTrainedModel]]:
-    """Return what loads in transformers -> class of the dense model that it gives."""
+    """Return Auto class -> class of the dense model that it loads."""
     whole, base = stock_class(type(model)), stock_class(type(model.base_model))
     if is_own_code(model):
         named = getattr(model.config, "auto_map", None) or {}
@@ -218,13 +207,15 @@ def _classes(model: PreTrainedModel) -> dict[str, type[PreTrainedModel]]:
             if auto.startswith("AutoModel")
             and where.rpartition(".")[2] in (one.__name__, f"Pruned{one.__name__}")
         }
+    if not is_of_transformers(whole):
+        return {}
     found = {"AutoModel": base}
     # Some are registered with the config of a larger model only, of which they are the text part.
     if whole.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         found = {"AutoModelForCausalLM": whole} | (found if base is not whole else {})
     if whole.__name__ in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
         found["AutoModelForImageTextToText"] = whole
-    named = model.config.auto_map if has_recipe(model.config) else found
+    named = getattr(model.config, "auto_map", {}) if has_recipe(model.config) else found
     return {auto: one for auto, one in found.items() if auto in named}
 
 
@@ -243,28 +234,23 @@ def _code(classes: Mapping[str, type[PreTrainedModel]]) -> str:
     for auto, one in classes.items():
         first.setdefault(one, auto)
     for one, auto in first.items():
-        name, home, before = one.__name__, one.__module__, ""
+        name, home = one.__name__, one.__module__
         if getattr(transformers, name, None) is one:
             home = "transformers"
         elif not is_of_transformers(one):
-            home, before = f".{home.rpartition('.')[2]}", "Completed, "
-            imports += "" if "Completed" in imports else "from .older_code import Completed\n"
+            home = f".{home.rpartition('.')[2]}"
         imports += f"from {home} import {name}\n"
-        text += f"\n\nclass Pruned{name}({before}Pruned, {name}):\n"
+        text += f"\n\nclass Pruned{name}(Pruned, {name}):\n"
         text += f'    _auto_class = "{auto}"  # saving takes this file along\n'
     shared = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
     return shared.replace(_PLACE, _PLACE + imports) + text
 
 
-# ------------------------------------------------------------------------------- heads per layer
-
-
 def per_layer_config(model: PreTrainedModel) -> dict[int, dict[str, int]]:
     """Return layer -> heads, key-value heads and width of a head, where they are not the config's.
 
-    That is how transformers has a config say it, for what plans a cache without building a model.
-    Empty if nothing differs, or the model attends in a way of its own. ``model`` is on meta, and of
-    no use afterwards.
+    Servers plan a cache by it without building the model. Empty if nothing differs, or the model
+    attends in a way of its own. ``model`` is on meta, and of no use afterwards.
     """
     found: dict[int, dict[str, int]] = {}
 

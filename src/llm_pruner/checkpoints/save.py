@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,18 +13,16 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import WeightConverter
-from transformers.utils import logging as transformers_logging
 
-from llm_pruner.checkpoints import meta, quantizer, remote_code
-from llm_pruner.checkpoints.reshape import Recipe, compose, from_json, to_json
+from llm_pruner.checkpoints import apply_recipe, meta, remote_code
+from llm_pruner.checkpoints.recipe import Recipe, compose, from_json
 from llm_pruner.checkpoints.stock_config import accepted, layer_values, stock_config
-from llm_pruner.errors import LLMPrunerError, NeedsMemory, UserError, in_short, require_kind
+from llm_pruner.errors import LLMPrunerError, NeedsMemory, UserError
 from llm_pruner.files.disk import expanded, folder_bytes, umask
-from llm_pruner.files.outputs import atomic_directory, bytes_of, check_shard_size
+from llm_pruner.files.outputs import atomic_directory, bytes_of
 from llm_pruner.models.forward import module_of
 from llm_pruner.models.layers import names_in_float32
 from llm_pruner.models.modeling_pruned import with_own_rows
-from llm_pruner.models.older_code import is_own_code
 from llm_pruner.models.streaming import (
     as_before,
     is_model_streamed,
@@ -33,13 +30,10 @@ from llm_pruner.models.streaming import (
     saved_by_shard,
 )
 from llm_pruner.models.tokenizer import save_tokenizer
-from llm_pruner.runtime.progress import quiet
+from llm_pruner.runtime.progress import quiet_bars
 from llm_pruner.types import Edits
 
 Kind = Literal["stock", "remote_code", "recipe"]
-
-LONG = 10_000_000_000
-"""Bytes of weights from which on writing them shows a bar."""
 
 SHARD = "1GB"
 
@@ -65,12 +59,10 @@ class SavedCheckpoint:
 
     Attributes:
         kind: ``stock`` has a plain config, ``remote_code`` modelling code beside it, ``recipe`` a
-            config that only the quantizer of this package reads.
-        path: the folder.
+            config that this package alone reads.
         bytes: size of all files in it.
-        needs: what ``from_pretrained`` needs besides transformers: ``import llm_pruner`` for a
-            recipe and for models that transformers lacks, ``trust_remote_code=True`` for folders
-            with code. Of the kind ``remote_code`` they need it only without this package.
+        needs: what ``from_pretrained`` needs besides transformers: ``import llm_pruner`` for models
+            that transformers lacks, ``trust_remote_code=True`` for folders with code.
     """
 
     kind: Kind
@@ -112,38 +104,29 @@ def save_checkpoint(
             stops the saving.
 
     Raises:
-        UserError: ``out`` cannot be written, see ``check_output``, ``max_shard_size`` is no size,
-            the model is quantized, its generation config was changed to one that transformers does
-            not save, or the layers that are left are refused by its config class, or would load as
-            another model.
+        UserError: ``out`` cannot be written, see ``check_output``, the model is quantized, or the
+            layers that are left are refused by its config class, or would load as another model.
         OSError: the disk is full, or the like.
         LLMPrunerError: the edits do not lead from the dense config to this model.
     """
     model = module_of(model)
-    require_kind("model", model, PreTrainedModel, "a model of transformers")
-    require_kind("out", out, (str, Path), "the folder to write")
-    require_kind("edits", edits, Edits, "what prune_ returned of a module; Edits() if it is whole")
-    require_kind("plan_json", plan_json, str | None, "plan.to_json()")
-    check_shard_size(max_shard_size)
     out = expanded(out)
     dense_config = dense_config or model.config
     own, own_class = model.config, type(model)
     with atomic_directory(out, overwrite) as folder:
         try:
             model.__class__ = plain = remote_code.stock_class(own_class)
-            if is_own_code(model):
+            if remote_code.is_own_code(model):
                 plain._auto_class = own_class._auto_class  # has saving take the code along
             model.config, kind = _pruned_config(model, edits, dense_config)
             for part in _with_parts(model.config)[1:]:
                 part.dtype = own.dtype
-            if kind == "remote_code":
+            if kind != "stock":
                 model.__class__ = remote_code.pruned_class(type(model))
-            long = sum(one.nbytes for one in model.parameters()) > LONG and sys.stderr.isatty()
-            with silent_writing(bar=long), saved_by_shard(model) as state:
+            with quiet_bars("transformers"), saved_by_shard(model) as state:
                 # A shard of a model that is read block by block is in memory when it is written.
                 most = (max_shard_size,) if state is None else (max_shard_size, SHARD)
                 shard = min(most, key=bytes_of)
-                _require_valid_generation(model, folder)
                 model.save_pretrained(folder, max_shard_size=shard, state_dict=state)
                 if tokenizer is not None:
                     save_tokenizer(tokenizer, folder)
@@ -162,21 +145,6 @@ def save_checkpoint(
     return SavedCheckpoint(kind, Path(out), folder_bytes(out), _needs(model, kind))
 
 
-def check_layers_left(model: PreTrainedModel, edits: Edits, config: PreTrainedConfig) -> None:
-    """Raise what ``save_checkpoint`` would of the layers that are left, before further work.
-
-    ``config`` is that of the model before surgery.
-    """
-    if not edits.layers:
-        return
-    own_class = type(model)
-    try:
-        model.__class__ = remote_code.stock_class(own_class)
-        _pruned_config(model, edits, config)
-    finally:
-        model.__class__ = own_class
-
-
 def make_readable(folder: Path) -> None:
     """Give the files in a folder the usual rights; safetensors makes its own private."""
     for file in folder.rglob("*"):
@@ -187,7 +155,7 @@ def make_readable(folder: Path) -> None:
 def _needs(model: PreTrainedModel, kind: Kind) -> tuple[str, ...]:
     origin = remote_code.stock_class(type(model)).__module__.partition(".")[0]
     own = kind == "recipe" or origin == __name__.partition(".")[0]
-    code = kind == "remote_code" or is_own_code(model)
+    code = kind == "remote_code" or remote_code.is_own_code(model)
     needs = (("import llm_pruner", own), ("trust_remote_code=True", code))
     return tuple(what for what, needed in needs if needed)
 
@@ -207,16 +175,13 @@ def _pruned_config(
     before = {path: meta.get_path(dense_config, path) for path in [*changed, *rooted]}
     recipe = _checked(model, dense_config, replace(recipe, dense_config=before), changed)
     config = meta.with_values(dense_config, changed)
-    quantizer.require_none(config, quantizer.config_misfits(config, recipe))
+    apply_recipe.require_none(config, apply_recipe.config_misfits(config, recipe))
     if changed:
         _require_valid(config)
     if edits.layers and not recipe.shapes:
         _require_no_other(config, model, edits)
-    with_code = remote_code.with_code(config, recipe, model)
-    if with_code is not None:
-        return with_code, "remote_code"
-    config.quantization_config = quantizer.PrunedConfig(**to_json(recipe))
-    return config, "recipe"
+    config = remote_code.with_recipe(config, recipe, model)
+    return config, "remote_code" if remote_code.has_code(config) else "recipe"
 
 
 def _require_valid(config: PreTrainedConfig) -> None:
@@ -231,22 +196,6 @@ def _require_valid(config: PreTrainedConfig) -> None:
         ) from error
 
 
-def _require_valid_generation(model: PreTrainedModel, folder: Path) -> None:
-    """Raise UserError if transformers does not save how the model generates.
-
-    It saves what was published as it is; what was changed since has to make sense.
-    """
-    if not model.can_generate():
-        return
-    try:
-        model.generation_config.save_pretrained(folder)
-    except ValueError as error:
-        raise UserError(
-            f"the model's generation config cannot be saved ({in_short(error)}); change it, or "
-            "give the model the one that it had"
-        ) from error
-
-
 def _require_no_other(config: PreTrainedConfig, model: PreTrainedModel, edits: Edits) -> None:
     """Raise UserError if without the folder's code its weights would silently be another model."""
     if not remote_code.is_of_transformers(type(model)):
@@ -257,9 +206,8 @@ def _require_no_other(config: PreTrainedConfig, model: PreTrainedModel, edits: E
         return  # which transformers says
     if accepted(config, model, wanted, edits) is None:
         raise UserError(
-            f"a {type(model).__name__} computes by the places of its layers, and where code of the "
-            "folder is not run transformers would load those that are left as another model, "
-            f"{_OTHERS}"
+            f"a {type(model).__name__} computes by the places of its layers, and without the code "
+            f"of the folder transformers would load another model, {_OTHERS}"
         )
 
 
@@ -268,17 +216,14 @@ def _dense_and_recipe(
 ) -> tuple[PreTrainedConfig, Recipe]:
     """Return the config of the unpruned model and all edits since; pruned models may come again."""
     config, recipe = copy.deepcopy(config), Recipe(**vars(edits))
-    data = remote_code.without_code_(model, config)
-    previous = getattr(config, "quantization_config", None)
-    if previous is not None:
-        data = previous if isinstance(previous, dict) else previous.to_dict()
-        method = data.get("quant_method")
-        if method != quantizer.QUANT_METHOD:
-            raise UserError(
-                f"the model is quantized with {getattr(method, 'value', method)}, and pruned "
-                "weights cannot be saved in that form; load it without quantization"
-            )
-        del config.quantization_config
+    data = remote_code.without_recipe_(model, config)
+    packing = getattr(config, "quantization_config", None)
+    if packing is not None:
+        method = dict(packing).get("quant_method")
+        raise UserError(
+            f"the model is quantized with {getattr(method, 'value', method)}, and pruned weights "
+            "cannot be saved in that form; load it without quantization"
+        )
     if data is None:
         return config, recipe
     first = from_json(data)
@@ -291,15 +236,14 @@ def _checked(
     recipe: Recipe,
     kept_config: dict[str, Any],
 ) -> Recipe:
-    """Apply the recipe to a model without weights and compare the result with ``model``.
+    """Apply the recipe to a model without weights; return it if the result is like ``model``.
 
-    Numbers that modules of ``model`` hold and the recipe does not give are added to it, so that
-    what loads is what was verified.
+    Numbers that modules of ``model`` hold and the recipe does not give are added to it.
     """
     recipe = replace(recipe, shapes=with_own_rows(model, recipe.shapes))
     rebuilt = meta.build_meta(type(model), dense_config)
-    quantizer.cut_skeleton_(rebuilt, recipe, kept_config)
-    quantizer.finish_(rebuilt, recipe)
+    apply_recipe.cut_skeleton_(rebuilt, recipe, kept_config)
+    apply_recipe.finish_(rebuilt, recipe)
     found, wanted = meta.sizes(rebuilt), meta.sizes(model)
     attributes = {name: dict(values) for name, values in recipe.attributes.items()}
     wrong = []
@@ -315,30 +259,14 @@ def _checked(
             f"{len(wrong)} sizes differ: {'; '.join(sorted(wrong)[:3])}"
         )
     recipe = replace(recipe, attributes=attributes)
-    quantizer.require_none(rebuilt, quantizer.attribute_misfits(rebuilt, recipe))
+    apply_recipe.require_none(rebuilt, apply_recipe.attribute_misfits(rebuilt, recipe))
     return recipe
 
 
-@contextmanager
-def silent_writing(*, bar: bool = False) -> Iterator[None]:
-    """Hold back the notes of transformers while it writes, and without ``bar`` its progress bar."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    if not bar:
-        transformers_logging.disable_progress_bar()
-    try:
-        # Said of every model that a device map has put on the CPU.
-        with quiet(warned="Attempting to save a model with offloaded"):
-            yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
 def keep_type_(network: Any, dtype: torch.dtype) -> None:
-    """Turn the parameters of a model to the type in which they are saved.
+    """Turn parameters to the type in which they are saved, but for those kept in float32.
 
-    Those that transformers has in float32 whatever the type of the model are saved in that. Buffers
-    that no checkpoint holds, such as the frequencies of rotary embeddings, keep theirs.
+    Buffers that no checkpoint holds, such as the frequencies of rotary embeddings, keep theirs.
     """
     kept = {name for name, _ in network.named_buffers()} - set(network.state_dict())
     wide = names_in_float32(network, dtype)

@@ -10,7 +10,6 @@ every shape, every number that a module's code reads and every buffer that loadi
 from __future__ import annotations
 
 import copy
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import inf
@@ -24,7 +23,6 @@ from llm_pruner.models.forward import caching, embedding_rows, evaluating
 from llm_pruner.models.layers import keep_children, numbers_of_layers, sharing_copy
 from llm_pruner.types import Edits
 
-_IN_LAYER = re.compile(r"(.+?)\.(\d+)\.(.+)")
 _OPTIONAL_TRIALS = (64, 128)
 _CONVENTIONAL_KEYS = ("head_dim",)
 """Keys that models read from any config that has them, though their config class names none."""
@@ -36,20 +34,14 @@ def stock_config(
     """Return a plain config that builds the pruned model, or None if there is none.
 
     Args:
-        dense_config: config of the model before pruning; is not changed.
+        dense_config: config of the model before pruning.
         pruned_model: the model as surgery left it.
-        edits: what surgery did. Pruned buffers that no checkpoint holds exclude a plain config:
-            only the sizes of tables such as the rotary one follow from a config, never which
-            positions were kept.
+        edits: what surgery did.
     """
+    # Which positions of tables such as the rotary one were kept follows from no config.
     if edits.buffers.keys() - pruned_model.state_dict().keys():
         return None
-    dense_config = copy.deepcopy(dense_config)
-    if hasattr(dense_config, "quantization_config"):
-        del dense_config.quantization_config
     trials, target = meta.Trials(type(pruned_model), dense_config), meta.sizes(pruned_model)
-    if _became_unequal(trials, edits.layers, target):
-        return None
     depth = layer_values(trials, edits.layers, target)
     if depth is None or not depth.exact:
         return None
@@ -70,38 +62,8 @@ def stock_config(
 # ------------------------------------------------------------------------------------ layers
 
 
-def _became_unequal(
-    trials: meta.Trials, layers: Mapping[str, tuple[int, ...]], target: meta.Sizes
-) -> bool:
-    """Say whether layers that are alike in the dense model differ in a size; one model is built.
-
-    An integer of the config governs such a size in all of them. Layers for which a list of the
-    config has different entries (``layer_types``) may be governed by different integers.
-    """
-    dense = trials.sizes({}) or {}
-    entries = [value for _, value in meta.entries(trials.config) if isinstance(value, list)]
-    first: dict[Any, int] = {}
-    for (what, name, dim), size in target.items():
-        found = _IN_LAYER.match(name)
-        if what != "parameter" or found is None:
-            continue
-        path, number, rest = found.groups()
-        index = layers[path][int(number)] if path in layers else int(number)
-        count = dense.get(("list", path, "len"))
-        before = dense.get((what, f"{path}.{index}.{rest}", dim))
-        if count is None or before is None:
-            continue
-        kind = repr([value[index] for value in entries if len(value) == count])
-        if first.setdefault((path, rest, dim, before, kind), size) != size:
-            return True
-    return False
-
-
 class Depth(NamedTuple):
-    """Config values for the layers that were kept, by dotted paths.
-
-    They are exact if the dense model with them has just the kept layers, in sizes and numbers.
-    """
+    """Config values by dotted path, and whether they build just the kept layers."""
 
     values: Mapping[str, Any]
     exact: bool
@@ -112,8 +74,7 @@ def layer_values(
 ) -> Depth | None:
     """Return the values of the dense config that change with removed layers.
 
-    None if no integer of the config sets the length of one of the lists. The sizes of the pruned
-    model say how its layers number themselves.
+    None if no integer of the config sets the length of one of the lists.
     """
     if not layers:
         return Depth({}, exact=True)
@@ -189,9 +150,8 @@ def _shorter(
 
 def _names_all(values: Sequence[Any]) -> bool:
     """Whether a list holds the number of every layer; two numbers may be flags as well."""
-    return (
-        len(values) > 2 and all(map(meta.is_integer, values)) and {*values} == {*range(len(values))}
-    )
+    numbers = len(values) > 2 and all(map(meta.is_integer, values))
+    return numbers and {*values} == {*range(len(values))}
 
 
 def _renumbered(
@@ -225,9 +185,8 @@ class _Solver:
     def solve(self, target: meta.Sizes) -> dict[str, int] | None:
         """Return key -> value for all keys that govern a size that must change, or None.
 
-        A size may depend on several keys (heads times head size). Keys are settled one after
-        another, each from sizes in which no other unsettled key takes part; if there is no such
-        key, one stays as it is.
+        A size may depend on several keys (heads times head size), so keys are settled one after
+        another, each from sizes in which no other unsettled key takes part.
         """
         values = self._settle_open()
         base = self._sizes(values)
@@ -254,10 +213,9 @@ class _Solver:
         return values
 
     def _settle_open(self) -> dict[str, int]:
-        """Return explicit values of keys that the config leaves open, such that nothing changes.
+        """Return values of keys that the config leaves open, such that nothing changes.
 
-        An open key follows from another one (an FFN of four times the hidden size), which a
-        pruned model may have to set by itself.
+        An open key follows from another one, such as an FFN of four times the hidden size.
         """
         values: dict[str, int] = {}
         base = self._sizes({})
@@ -362,7 +320,7 @@ def accepted(
             there = ((meta.get_path(module, path), value) for path, value in values.items())
             if any(_plain(one) != _plain(value) for one, value in there):
                 return None
-        computed = meta.computed_buffers(model, config)
+        computed = meta.computed_buffers(model)
         # A cast model has cast its buffers too, so the comparison is in the model's precision.
         present = dict(pruned.named_buffers())
         for name, buffer in computed.items():
@@ -386,10 +344,7 @@ def _same_function(
 ) -> bool:
     """Say whether a model without weights gives the pruned model's logits with its weights.
 
-    The weights are shared, not copied. The logits must be equal to the last bit.
-
-    Args:
-        differing: the numbers in which both differ.
+    ``differing`` are the numbers in which both differ. The logits must be equal to the last bit.
     """
     model: Any = sharing_copy(pruned)  # whose weights may be in files
     for path, module in built.named_modules():

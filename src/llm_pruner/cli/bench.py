@@ -19,7 +19,7 @@ _Row: TypeAlias = "tuple[str, Callable[[Figures], Any], Callable[[Any], str]]"
 EXAMPLES = """\b
 Examples:
   llm-pruner bench ./small --against default
-  llm-pruner bench ./llama/config.json --counts-only
+  llm-pruner bench ./llama --counts-only
 """
 
 

@@ -22,9 +22,9 @@ from llm_pruner.evaluation.speed import (
     speed_up,
 )
 from llm_pruner.files.disk import folder_bytes
+from llm_pruner.models.checkpoint_files import stored_at
 from llm_pruner.models.forward import Decoder, maximum_length
 from llm_pruner.models.load import LoadedModel, check, load
-from llm_pruner.models.stored import stored_at
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.evaluate import BenchSettings
 

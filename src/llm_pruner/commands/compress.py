@@ -41,14 +41,12 @@ from llm_pruner.files.outputs import (
     check_place,
     rewrite,
 )
-from llm_pruner.models.forward import maximum_length
-from llm_pruner.models.load import load
-from llm_pruner.models.stored import (
-    check_file_states,
-    file_states,
+from llm_pruner.models.checkpoint_files import (
     stored_at,
     weight_names,
 )
+from llm_pruner.models.forward import maximum_length
+from llm_pruner.models.load import load
 from llm_pruner.recovery import Progress
 from llm_pruner.recovery.checkpoint import last_checkpoint
 from llm_pruner.report.data import Report, Source, Variant, known_report
@@ -127,7 +125,6 @@ def compress(
     with opened(work, facts, restart=settings.restart) as run:
         if run.continued:
             going_on(work)
-        stored = file_states(settings.model)
         stages = _Stages(settings, run, command, tell, say, first, facts)
         try:
             done = run.once(_RESULT, Compressed, stages.all, "report")
@@ -135,7 +132,6 @@ def compress(
             if not run.path("pruned").exists():
                 run.remove()  # nothing was done that is worth going on with
             raise
-        check_file_states(stored)
         tell("moving the result into place")
         folder = run.path(last_stage(done.measured, done.recovery))
         move_result(folder, out, settings.overwrite, settings.reads)

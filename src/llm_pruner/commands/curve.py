@@ -36,11 +36,9 @@ from llm_pruner.files.outputs import (
     write_output,
 )
 from llm_pruner.models.activation_store import HiddenStates
-from llm_pruner.models.blockwise import know_copy
 from llm_pruner.models.forward import maximum_length
 from llm_pruner.models.layers import sharing_copy
-from llm_pruner.models.load import LoadedModel, check, check_memory, load
-from llm_pruner.models.stored import check_file_states, file_states
+from llm_pruner.models.load import LoadedModel, check, load
 from llm_pruner.planning import Plan
 from llm_pruner.report.curve import DATA_FILE, drawn_files
 from llm_pruner.report.records import Curve, CurvePoint, Smallest
@@ -85,14 +83,12 @@ def curve(
     with opened(work, about(settings), restart=settings.restart) as run:
         if run.continued:
             going_on(work)
-        stored = file_states(settings.model)
         try:
             done = run.once("result", Curve, lambda: _Stages(settings, run, tell).all(command))
         except BaseException:
             if not any(run.folder.glob("point-*.json")):
                 run.remove()  # nothing was done that is worth going on with
             raise
-        check_file_states(stored)
         move_result(run.path("curve"), settings.out, settings.overwrite, settings.reads)
         run.remove()
     return replace(done, report=page_in(settings.out))
@@ -109,7 +105,6 @@ def check_settings(settings: CurveSettings) -> None:
     if settings.text is not None:
         _given_text(settings)
     check(settings.loading())
-    check_memory(settings.computing(), settings.memory)
 
 
 def check_text(settings: CurveSettings) -> None:
@@ -205,11 +200,9 @@ class CurveRun:
             settings = settings.but(round_to=self.round_to)
         if self.repairs is False:
             settings = settings.but(repair_minutes=0.0)
-        model, copied = self.loaded.model, sharing_copy(self.loaded.model)
-        know_copy(model, copied)
         run = PruneRun(
             settings,
-            loaded=replace(self.loaded, model=copied),
+            loaded=replace(self.loaded, model=sharing_copy(self.loaded.model)),
             discovery=self.discovery,
             text=self.text,
             scores=self.scores,
@@ -217,7 +210,6 @@ class CurveRun:
         )
         run.check()
         run.load()
-        know_copy(copied, model)
         self.repairs = run.repairs
         if settings.round_to == "auto":  # it is timed, and holds for all points
             run.reach()

@@ -27,7 +27,7 @@ from llm_pruner.evaluation.samples import check_prompt, sample_continuation
 from llm_pruner.evaluation.speed import NEW_TOKENS, PROMPT_TOKENS, Speed, measure_speed
 from llm_pruner.files.outputs import atomic_directory, check_output
 from llm_pruner.models.forward import maximum_length
-from llm_pruner.models.load import check_memory, exceeds
+from llm_pruner.models.load import exceeds
 from llm_pruner.models.streaming import is_model_streamed
 from llm_pruner.report.records import Abilities, Measured
 from llm_pruner.report.write import check_measured
@@ -79,8 +79,6 @@ def measure(
     # First what takes less time than to load a model.
     texts = read_texts(settings.perplexity, settings)
     prepared = prepare(settings)
-    for model in filter(None, (settings.model, settings.against)):
-        check_memory(settings.loading(model), settings.memory)
     asks = prepared != Prepared()
     # With texts, both models are in memory at once.
     room = partial(settings.room, models=2 if texts and settings.against else 1)

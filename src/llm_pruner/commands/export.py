@@ -8,8 +8,8 @@ from typing import Any
 
 from llm_pruner.errors import UserError
 from llm_pruner.files.outputs import check_new_file, free_bytes
+from llm_pruner.models.checkpoint_files import stored_at
 from llm_pruner.models.load import load
-from llm_pruner.models.stored import stored_at
 from llm_pruner.report.text import megabytes
 from llm_pruner.settings.export import ExportSettings
 from llm_pruner.settings.registry import entry
@@ -41,5 +41,5 @@ def export(settings: ExportSettings) -> Exported:
             f"{out} needs about {megabytes(file.bytes)}, and its disk has "
             f"{megabytes(free_bytes(out))} free; free some, or give another --out"
         )
-    file.write(out.resolve(), loaded.check_stored)
+    file.write(out.resolve())
     return Exported(loaded.name, settings.to, settings.type, out, out.stat().st_size, file.facts)

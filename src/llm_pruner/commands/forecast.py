@@ -38,9 +38,9 @@ from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.files.outputs import nearest
 from llm_pruner.importance.boundary_pass import ACTIVATIONS, TOKENS
+from llm_pruner.models.checkpoint_files import stored_at, stored_size
 from llm_pruner.models.layers import heaviest_list
-from llm_pruner.models.load import check_memory, load
-from llm_pruner.models.stored import stored_at, stored_size
+from llm_pruner.models.load import load
 from llm_pruner.recovery.repair import TRAINED_BYTES
 from llm_pruner.runtime.precision import exact_products, fast_matmul
 from llm_pruner.runtime.progress import Clock
@@ -129,8 +129,6 @@ class _Forecaster:
         run.check()
         run.check_files()
         clock.stop("text")
-        if not run.weightless:
-            check_memory(settings.computing(), settings.memory)
         self.loaded = load(settings.computing(), weights=False, reads_tokenizer=True)
         clock.stop("load")
         run.network = model = self.loaded.model

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from llm_pruner import planning
-from llm_pruner.checkpoints.save import check_layers_left, check_saved_by_shard
+from llm_pruner.checkpoints.save import check_saved_by_shard
 from llm_pruner.commands import prune_start as start
 from llm_pruner.commands.prune_result import result_of, save
 from llm_pruner.commands.publish import check_push
@@ -33,10 +33,10 @@ from llm_pruner.files.disk import placed
 from llm_pruner.files.outputs import check_shard_size, write_output
 from llm_pruner.importance import score
 from llm_pruner.models.activation_store import HiddenStates
+from llm_pruner.models.checkpoint_files import stored_size
 from llm_pruner.models.forward import is_on_meta
 from llm_pruner.models.layers import sharing_copy
-from llm_pruner.models.load import LoadedModel, check_memory, exceeds, load
-from llm_pruner.models.stored import stored_size
+from llm_pruner.models.load import LoadedModel, exceeds, load
 from llm_pruner.models.streaming import is_model_streamed
 from llm_pruner.planning.rounding import rounded_for
 from llm_pruner.report.records import Pruned, Training
@@ -138,7 +138,6 @@ class PruneRun:
             else:
                 self.replay(self.plan)
             self.repair()
-            self.loaded.check_stored()
             if self.saves:
                 return save(self)
         except BaseException:
@@ -212,8 +211,6 @@ class PruneRun:
             self.room //= sharing(self.device)
         self.resident = self.room if loaded else self.stays(self.room)
         loading = settings.computing().but(device=self.device)
-        if loaded is None and not self.weightless:
-            check_memory(loading, settings.memory)
         self.loaded = loaded or load(
             loading,
             weights=not self.weightless,
@@ -481,8 +478,6 @@ class PruneRun:
             last: whether this is the last round; only then further text is read for the refit.
         """
         self.surgeon.cut(discovery, removal)
-        if last and self.saves and (self.refits or self.repairs):
-            check_layers_left(self.network, self.surgeon.edits, self.dense_config)
         if self.refitter is None or self.text is None:
             return
         if last:

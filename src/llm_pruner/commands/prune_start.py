@@ -17,7 +17,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.files import outputs
 from llm_pruner.importance import Criterion
 from llm_pruner.models.activation_store import free_on_disk
-from llm_pruner.models.stored import stored_size
+from llm_pruner.models.checkpoint_files import stored_size
 from llm_pruner.planning import Selection, Target
 from llm_pruner.report.text import megabytes
 from llm_pruner.settings.common import CalibrationSettings, ModelSettings, OutputSettings

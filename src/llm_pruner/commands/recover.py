@@ -46,9 +46,9 @@ from llm_pruner.files.outputs import (
     check_shard_size,
     write_output,
 )
+from llm_pruner.models.checkpoint_files import dtype_named, local_path, records_of, stored_size
 from llm_pruner.models.forward import check_length, dtype_name, embedding_rows
 from llm_pruner.models.load import LoadedModel, load, stored_dtype
-from llm_pruner.models.stored import dtype_named, local_path, records_of, stored_size
 from llm_pruner.recovery import Outcome, Progress, Teacher, recover_
 from llm_pruner.recovery.arguments import check_names, training_arguments
 from llm_pruner.recovery.callbacks import EndAt
@@ -389,9 +389,6 @@ class _Run:
     def _save(self, result: Recovered, network: Any) -> Recovered:
         """Write the folder and throw the run's own away."""
         settings, loaded = self.settings, self.loaded
-        for one in (loaded, self.dense):
-            if one is not None:
-                one.check_stored()
         plan, earlier = self.made / "plan.json", known_report(self.made)
 
         def beside(folder: Path, kind: SavedAs, needs: tuple[str, ...]) -> None:

@@ -14,7 +14,7 @@ from llm_pruner.compensation import Refitted, refit_
 from llm_pruner.data.calibration import FURTHER, Calibration, further_text
 from llm_pruner.errors import UserError
 from llm_pruner.models.activation_store import HiddenStates
-from llm_pruner.models.blockwise import NotBlockwise, find_chain, know_copy
+from llm_pruner.models.blockwise import NotBlockwise, find_chain
 from llm_pruner.models.forward import embedding_rows, undisturbed
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import LoadedModel
@@ -124,7 +124,6 @@ class Refitter:
         self, loaded: LoadedModel, discovery: Discovery, surgeon: Surgeon, saved: torch.dtype
     ) -> None:
         self._model, self._dense = loaded.model, sharing_copy(loaded.model)
-        know_copy(self._model, self._dense)
         self._discovery, self._surgeon, self._saved = discovery, surgeon, saved
         self.done: list[Refitted] = []
 

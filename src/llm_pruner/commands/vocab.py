@@ -22,10 +22,10 @@ from llm_pruner.data.vocabulary import Ids, Vocabulary, vocabulary_of
 from llm_pruner.errors import UserError, VerificationError
 from llm_pruner.evaluation.perplexity import perplexity
 from llm_pruner.files.outputs import check_output, check_shard_size, write_output
+from llm_pruner.models.checkpoint_files import records_of
 from llm_pruner.models.forward import embedding_rows, maximum_length
 from llm_pruner.models.gguf_file import drop_tokens_beyond_
 from llm_pruner.models.load import LoadedModel, load, load_tokenizer
-from llm_pruner.models.stored import records_of
 from llm_pruner.report.records import Change
 from llm_pruner.report.write import write_request
 from llm_pruner.runtime.precision import exact_products
@@ -225,7 +225,6 @@ def _save(
                 "taken from it; nothing was written"
             )
 
-    loaded.check_stored()
     plan = records_of(settings.model, loaded.revision) / "plan.json"
     saved = save_checkpoint(
         loaded.model,

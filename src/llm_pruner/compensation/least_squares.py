@@ -29,7 +29,7 @@ from typing import TypeAlias
 
 import torch
 
-from llm_pruner.models.consumers import add_gram_, add_product_, complete_gram_
+from llm_pruner.models.linear_modules import add_gram_, add_product_, complete_gram_
 from llm_pruner.runtime.precision import fast_products, rounded
 
 RIDGES = (0.1, 3.0)

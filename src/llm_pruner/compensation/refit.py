@@ -43,15 +43,15 @@ from llm_pruner.compensation.least_squares import RIDGES, Rows, best_refit, equa
 from llm_pruner.errors import UserError
 from llm_pruner.models.activation_store import ActivationStore, HiddenStates
 from llm_pruner.models.blockwise import Carried, Chain, NotBlockwise, find_chain
-from llm_pruner.models.consumers import (
+from llm_pruner.models.forward import first_tensor, undisturbed
+from llm_pruner.models.layers import Renaming, kept_layers
+from llm_pruner.models.linear_modules import (
     consumers_of,
     input_dim,
     linear_modules,
     set_weight,
     weight_of,
 )
-from llm_pruner.models.forward import first_tensor, undisturbed
-from llm_pruner.models.layers import Renaming, kept_layers
 from llm_pruner.models.streaming import new_weights_in, turn
 from llm_pruner.runtime.progress import track
 from llm_pruner.surgery.removal import removed_modules, removed_positions

@@ -27,8 +27,8 @@ from llm_pruner.models.forward import (
     maximum_length,
 )
 from llm_pruner.models.load import LoadedModel
-from llm_pruner.models.lockstep import in_step, result_of, runs_in_step
 from llm_pruner.models.streaming import is_model_streamed
+from llm_pruner.models.synchronized_runs import in_step, result_of, runs_in_step
 from llm_pruner.runtime.progress import track
 from llm_pruner.settings.evaluate import PerplexitySettings
 

@@ -19,7 +19,7 @@ from transformers.utils.hub import cached_file
 from llm_pruner.data.text import name_of_part
 from llm_pruner.files.disk import json_object, read_json
 from llm_pruner.files.outputs import RECOVERY_FILE, write_output
-from llm_pruner.models.stored import local_path, name_of, records_of, weight_names
+from llm_pruner.models.checkpoint_files import local_path, name_of, records_of, weight_names
 from llm_pruner.settings.common import CALIBRATION, ModelSettings
 from llm_pruner.version import __version__
 

@@ -48,11 +48,7 @@ _ARCHITECTURES = {name: of for of, name in gguf.MODEL_ARCH_NAMES.items()}
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of the file.
-
-    Attributes:
-        shape: as PyTorch counts it, (outputs, inputs).
-    """
+    """A tensor of the file; its shape is (outputs, inputs), as in PyTorch."""
 
     name: str
     shape: tuple[int, ...]
@@ -67,13 +63,7 @@ class _Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class GgufModel:
-    """A model as llama.cpp reads it.
-
-    Attributes:
-        architecture: llama.cpp's name.
-        values: name of a method of ``GGUFWriter`` -> what it adds.
-        tensors: in the order of the file.
-    """
+    """A model as llama.cpp reads it; ``values``: method of ``GGUFWriter`` -> what it adds."""
 
     architecture: str
     values: Mapping[str, Any]
@@ -82,28 +72,15 @@ class GgufModel:
 
 def gguf_model(model: Any, name: str) -> GgufModel:
     """Return a model in llama.cpp's terms, weights to be read later; UserError if it has none."""
-    config = model.config.get_text_config()
-    if config.model_type not in FAMILIES:
+    config = model.config
+    own_code = not is_of_transformers(stock_class(type(model)))
+    silu = getattr(config, "hidden_act", None) in ("silu", "swish")
+    if config.model_type not in FAMILIES or own_code or not silu:
         raise UserError(
-            f"{name} is of the type {config.model_type}, which is not exported to GGUF; known are "
-            f"{', '.join(FAMILIES)}. If its layers are equal (prune --uniform), llama.cpp's own "
+            f"{name} is a {type(model).__name__} of the type {config.model_type}, which is not "
+            f"exported to GGUF; known are {', '.join(FAMILIES)} with silu and transformers' own "
+            "code. If its layers are equal (prune --uniform), llama.cpp's own "
             "convert_hf_to_gguf.py may read the folder"
-        )
-    if config is not model.config:
-        raise UserError(
-            f"{name} is a {type(model).__name__}, of which llama.cpp computes the text model "
-            "alone; export a model of text"
-        )
-    if not is_of_transformers(stock_class(type(model))):
-        raise UserError(
-            f"{name} says that it is of the type {config.model_type} and has code of its own, "
-            "which llama.cpp does not follow; load it without that code, if transformers' is the "
-            "same"
-        )
-    if config.hidden_act not in ("silu", "swish"):
-        raise UserError(
-            f"{name} has the activation {config.hidden_act}, and llama.cpp computes silu in this "
-            "architecture; export a model with silu"
         )
     layers = model.base_model.layers
     head_dim = _head_dim(layers, name)
@@ -169,7 +146,7 @@ def _architecture(
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     biases = [path for path, _ in model.named_parameters() if path.endswith(".bias")]
     equal = len(set(sizes)) == 1
-    own, unequal = FAMILIES[model.config.get_text_config().model_type]
+    own, unequal = FAMILIES[model.config.model_type]
 
     def wants(one: str) -> Iterator[str]:
         """Yield what an architecture takes and the model is not."""
@@ -224,7 +201,7 @@ class _Rope:
 
     @classmethod
     def of(cls, model: Any, head_dim: int, name: str) -> _Rope:
-        config, rotary = model.config.get_text_config(), model.base_model.rotary_emb
+        config, rotary = model.config, model.base_model.rotary_emb
         said = getattr(config, "rope_parameters", None) or {}
         kind = said.get("rope_type", "default")
         frequencies = rotary.inv_freq.detach().double().cpu()

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import read_json
-from llm_pruner.models.splitting import NAMES, rules_of, steps_of
+from llm_pruner.models.gguf_file import NAMES, rules_of, steps_of
 from llm_pruner.runtime.progress import quiet
 
 _UNICODE = ("NFC", "NFD", "NFKC", "NFKD")
@@ -33,9 +33,8 @@ _OF_ANOTHER = (
 class _Special(gguf.SpecialVocab):
     """Special tokens and chat template of a folder, as transformers has them.
 
-    It takes what ``tokenizer.json`` adds to a text, whatever ``tokenizer_config.json`` says of
-    that, and a template from a file of its own first. A negative id, as some configs have it,
-    stands for none.
+    What is added to a text follows ``tokenizer.json``, and a template file goes first. A negative
+    id, as some configs have it, stands for none.
     """
 
     def _load(self, path: Path) -> None:
@@ -67,18 +66,12 @@ def read_tokenizer(folder: Path, rows: int) -> dict[str, gguf.GGUFValue]:
     """
     try:
         data = read_json(folder / "tokenizer.json")
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} has no tokenizer.json; {_OF_ANOTHER}") from error
-    except ValueError as error:
+        if data["model"]["type"] != "BPE":
+            raise ValueError(f"it is a {data['model']['type']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder / 'tokenizer.json'} cannot be read ({error}); {_OF_ANOTHER}"
+            f"{folder / 'tokenizer.json'} cannot be exported to GGUF ({error}); {_OF_ANOTHER}"
         ) from error
-    kind = (data.get("model") or {}).get("type")
-    if kind != "BPE":
-        raise UserError(
-            f"the tokenizer in {folder} is {f'a {kind}' if kind else 'of no known kind'}, which is "
-            f"not exported to GGUF; {_OF_ANOTHER}"
-        )
     bytewise = not data["model"].get("byte_fallback")
     if not bytewise and not all(map(_marks_spaces, _all_steps(data))):
         raise _unknown(folder)
@@ -99,10 +92,7 @@ def read_tokenizer(folder: Path, rows: int) -> dict[str, gguf.GGUFValue]:
 
 def copy_tokenizer(file: Path, rows: int) -> dict[str, gguf.GGUFValue]:
     """Return the same keys of a GGUF file; UserError if it has another number of tokens."""
-    try:
-        fields = gguf.GGUFReader(file).fields
-    except (OSError, ValueError, IndexError) as error:
-        raise UserError(f"{file} is no GGUF file that can be read; name another") from error
+    fields = gguf.GGUFReader(file).fields
     found = {
         key: gguf.GGUFValue(one.contents(), one.types[0], one.types[1] if one.types[1:] else None)
         for key, one in fields.items()
@@ -163,13 +153,10 @@ def _adds_space(data: dict[str, Any]) -> bool:
 
 def _marks_spaces(step: dict[str, Any]) -> bool:
     """Whether a step puts the mark of SentencePiece for a space, and does nothing else."""
-    replaced = step.get("content") if step.get("pattern") == {"String": " "} else None
-    marks = {
-        "Prepend": step.get("prepend"),
-        "Replace": replaced,
-        "Metaspace": step.get("replacement"),
-    }
-    return marks.get(step["type"]) == "▁"
+    mark = {"Prepend": "prepend", "Replace": "content", "Metaspace": "replacement"}
+    if step["type"] == "Replace" and step.get("pattern") != {"String": " "}:
+        return False
+    return step.get(mark.get(step["type"], "")) == "▁"
 
 
 def _all_steps(data: dict[str, Any]) -> list[dict[str, Any]]:

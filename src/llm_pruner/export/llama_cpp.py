@@ -52,12 +52,8 @@ def quantize(source: Path, target: Path, kind: str, tensors: int) -> None:
         text=True,
         errors="replace",
     ) as process:
-        try:
-            for _ in track(_tensors_of(process, last), f"quantizing to {kind}", tensors):
-                pass
-        except BaseException:
-            process.kill()
-            raise
+        for _ in track(_tensors_of(process, last), f"quantizing to {kind}", tensors):
+            pass
     if process.returncode:
         said = last[0] if last else f"code {process.returncode}"
         raise LLMPrunerError(f"llama.cpp could not write {kind} ({said}); use another --type")

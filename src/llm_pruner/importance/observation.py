@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from llm_pruner.errors import UserError
-from llm_pruner.models.consumers import Consumer
+from llm_pruner.models.linear_modules import Consumer
 from llm_pruner.types import FloatArray, Group
 
 

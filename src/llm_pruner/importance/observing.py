@@ -33,7 +33,8 @@ from llm_pruner.importance.boundary_pass import (
 from llm_pruner.importance.observation import Measure, Observation, Reading
 from llm_pruner.models.activation_store import ActivationStore, HiddenStates, free_on_disk
 from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
-from llm_pruner.models.consumers import (
+from llm_pruner.models.forward import first_tensor
+from llm_pruner.models.linear_modules import (
     Consumer,
     add_gram_,
     complete_gram_,
@@ -42,7 +43,6 @@ from llm_pruner.models.consumers import (
     linear_modules,
     weight_of,
 )
-from llm_pruner.models.forward import first_tensor
 from llm_pruner.models.streaming import turn
 from llm_pruner.runtime.processes import Processes
 from llm_pruner.runtime.progress import track

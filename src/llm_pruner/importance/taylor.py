@@ -24,7 +24,7 @@ from llm_pruner.importance.boundary_pass import Collector, Seen, run_backward
 from llm_pruner.importance.criteria import Criterion
 from llm_pruner.models.activation_store import HiddenStates
 from llm_pruner.models.blockwise import NotBlockwise, depends, find_chain, requiring_gradients
-from llm_pruner.models.consumers import input_dim
+from llm_pruner.models.linear_modules import input_dim
 from llm_pruner.runtime.processes import Processes
 from llm_pruner.types import FloatArray
 

@@ -15,10 +15,9 @@ from llm_pruner.errors import UserError
 
 
 class ActivationStore:
-    """Arrays of ``samples`` each, written and read by ranges of them; made when first written to.
+    """Arrays of ``samples`` each, up to ``memory`` bytes in memory and the others in files.
 
-    Files are plain bytes that are read into fresh memory, not mapped, so that what is on disk does
-    not count as resident memory; up to ``memory`` bytes stay there.
+    Files are read, not mapped, so that they do not count as resident memory.
     """
 
     def __init__(self, keys: range, samples: int, memory: int) -> None:
@@ -103,11 +102,7 @@ def scratch_folder() -> str:
 
 
 class HiddenStates:
-    """The hidden states before each block of a model and behind the last one, or the first of them.
-
-    Found by one pass over a text, such as that of the scores, for those after it that need the same
-    ones of the same model; of no text until ``keep`` is called.
-    """
+    """Hidden states before each block, and behind the last, for later passes over the same text."""
 
     def __init__(self) -> None:
         self._input_ids = torch.empty(0, dtype=torch.long, device="cpu")
@@ -129,8 +124,7 @@ class HiddenStates:
         self._input_ids, self._store = input_ids.cpu(), store
 
     def count(self, input_ids: torch.Tensor) -> int:
-        """Return of how many of these samples, (samples, seq_len), from the first one on, they
-        are."""
+        """Return how many of these samples, (samples, seq_len), from the first on, are there."""
         if self._store is None or self._input_ids.shape[1:] != input_ids.shape[1:]:
             return 0
         samples = min(len(self._input_ids), len(input_ids))
@@ -148,5 +142,4 @@ class HiddenStates:
 
 
 def _bytes_of(values: torch.Tensor) -> Any:
-    """Return the memory of a contiguous tensor, to be read or written as it is."""
     return values.view(-1).view(torch.uint8).numpy()

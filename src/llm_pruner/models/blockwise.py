@@ -1,16 +1,16 @@
 """The chain of blocks inside a model: found by watching it run, then run one at a time.
 
-A model is such a chain if one list of layers has its entries called once each, in order, each on
-the very hidden state that the one before returned, and if nothing else carries a gradient from one
-block to another or past them. ``find_chain`` checks it on a few tokens: no list of architectures is
-needed. Who runs blocks forward alone may ask for models, too, that hand more from block to block
-(``carries``): later blocks of Gemma 4 read the keys and values of earlier ones.
+A model is such a chain if its layers are called once each, in order, each on the very hidden state
+that the one before returned, and if nothing else carries a gradient from one block to another or
+past them. ``find_chain`` checks it on a few tokens, without a list of architectures. Passes that
+run blocks forward alone also take models that hand more from block to block (``carries``), such as
+Gemma 4, whose later blocks read the keys and values of earlier ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from llm_pruner.models.forward import own_forward, run_for_logits
-from llm_pruner.models.layers import heaviest, is_layer_list
+from llm_pruner.models.layers import heaviest_list
 from llm_pruner.models.streaming import turn
 
 _PROBE_TOKENS = 16
@@ -50,12 +50,10 @@ class Chain:
     """A model whose blocks can be run one at a time.
 
     Attributes:
-        model: the whole model.
         blocks: in the order of execution.
         owned: per block, the scored parameters in it, by name.
         outside: the scored parameters in no block, by name.
-        below: names of the parameters that the input of the first block depends on, of those that
-            it was proven for and that lie in no block.
+        below: names of those in ``outside`` that the input of the first block depends on.
         vocabulary: number of logits per token.
         forms: per block, what it returns, without the tensors.
     """
@@ -103,10 +101,7 @@ class Chain:
     def run(
         self, input_ids: torch.Tensor, handler: Handler, positions: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return the logits of a forward pass in which ``handler`` stands for every block.
-
-        Those of all positions, or of ``positions`` of a model that `gives_chosen`.
-        """
+        """Return the logits of a pass with ``handler`` in place of blocks; see run_for_logits."""
         with self.handled(handler):
             return run_for_logits(self.model, input_ids, positions)
 
@@ -141,11 +136,8 @@ class Chain:
         """Return (input, output) of one block on ``hidden``; the input is a leaf with gradient.
 
         The model runs from its start, because only it knows the block's other arguments (masks,
-        positions); the blocks before return their input, and everything after is left out.
-
-        Args:
-            carried: what the blocks before left beside the hidden state; this one's is added, even
-                if it does not come to its end.
+        positions); the blocks before return their input. ``carried`` is what they left beside the
+        hidden state; this one's is added.
         """
 
         def handler(at: int, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -263,7 +255,6 @@ def with_output(output: Any, hidden: torch.Tensor) -> Any:
 
 
 def _form_of(output: Any) -> Any:
-    """Return a block's output without its tensors; what else it returns is not read later."""
     if isinstance(output, torch.Tensor):
         return output.new_empty(0)
     return type(output)(None if isinstance(item, torch.Tensor) else item for item in output)
@@ -295,10 +286,7 @@ class _Proof:
 
 
 _PROOFS: WeakKeyDictionary[nn.Module, dict[bool, _Proof]] = WeakKeyDictionary()
-"""Model -> whether its blocks were seen to carry -> what was seen last.
-
-A proof runs the model twice, which of a streamed one is as much as a pass of the estimate is.
-"""
+"""Model -> whether its blocks were seen to carry -> what was seen last."""
 
 
 def find_chain(
@@ -316,8 +304,8 @@ def find_chain(
         model: with no parameter that requires a gradient.
         input_ids: shape (samples, seq_len).
         scored: the parameters whose gradients will be asked for.
-        carries: whether blocks may leave more than a hidden state for those behind them, without
-            its gradient; then ``run_block`` wants ``carried``.
+        carries: whether blocks may leave more than a hidden state for later ones, without its
+            gradient; then ``run_block`` needs ``carried``.
 
     Raises:
         NotBlockwise: the model is no such chain.
@@ -326,43 +314,17 @@ def find_chain(
         if seen <= carries and (known := proof.chain(model, scored)) is not None:
             return known
     ids = input_ids[:1, :_PROBE_TOKENS]
-    likely = tuple(heaviest(_lists(model)) or ())
     if carries:  # most models do not, and then the proof is good for both
         with suppress(NotBlockwise):
-            return _remembered(_proven(model, likely, ids, scored, False), False)
-    try:
-        chain = _proven(model, likely, ids, scored, carries)
-    except NotBlockwise:
-        # To see whether it is another list takes one more pass over all weights.
-        blocks = _called_in_order(model, ids)
-        if blocks == likely:
-            raise
-        chain = _proven(model, blocks, ids, scored, carries)
-    return _remembered(chain, carries)
-
-
-def know_copy(model: nn.Module, copied: nn.Module) -> None:
-    """Remember of a copy what was seen of the model that it was made of."""
-    for carries, proof in _PROOFS.get(model, {}).items():
-        chain = proof.chain(model, {})
-        if chain is not None and (same := chain.after_surgery(copied)) is not None:
-            _remembered(same, carries)
-
-
-def _remembered(chain: Chain, carries: bool) -> Chain:
-    _PROOFS.setdefault(chain.model, {})[carries] = _Proof(chain)
-    return chain
+            return _proven(model, ids, scored, False)
+    return _proven(model, ids, scored, carries)
 
 
 def _proven(
-    model: nn.Module,
-    blocks: tuple[nn.Module, ...],
-    ids: torch.Tensor,
-    scored: Mapping[str, nn.Parameter],
-    carries: bool,
+    model: nn.Module, ids: torch.Tensor, scored: Mapping[str, nn.Parameter], carries: bool
 ) -> Chain:
-    """Return the chain of these blocks, or raise NotBlockwise."""
-    chain = _with_scored(model, blocks, scored)
+    """Return the chain of the model's layers, or raise NotBlockwise."""
+    chain = _with_scored(model, tuple(heaviest_list(model) or ()), scored)
     try:
         with requiring_gradients(scored), chain.opened():
             _probe(chain, ids, carries)
@@ -370,13 +332,13 @@ def _proven(
         raise
     except RuntimeError as error:  # autograd's: a block writes into its input, for instance
         raise NotBlockwise(f"a block does not run on its own: {error}") from error
+    _PROOFS.setdefault(chain.model, {})[carries] = _Proof(chain)
     return chain
 
 
 def _with_scored(
     model: nn.Module, blocks: tuple[nn.Module, ...], scored: Mapping[str, nn.Parameter]
 ) -> Chain:
-    """Return a chain of these blocks that nobody has proven yet."""
     owners: dict[int, int] = {}
     for index, block in enumerate(blocks):
         for parameter in block.parameters():
@@ -402,50 +364,20 @@ def requiring_gradients(parameters: Mapping[str, nn.Parameter]) -> Iterator[None
             parameter.requires_grad_(False)
 
 
-def _lists(model: nn.Module) -> list[nn.ModuleList]:
-    lists = [module for module in model.modules() if is_layer_list(module)]
-    return [one for one in lists if all(isinstance(entry, nn.Module) for entry in one)]
-
-
-def _called_in_order(model: nn.Module, ids: torch.Tensor) -> tuple[nn.Module, ...]:
-    """Return the entries of the heaviest list of layers whose entries run once each, in order."""
-    lists = _lists(model)
-    calls: list[list[int]] = [[] for _ in lists]
-    with ExitStack() as hooks, torch.no_grad():
-        for modules, seen in zip(lists, calls, strict=True):
-            for at, entry in enumerate(modules):
-                hooks.enter_context(
-                    entry.register_forward_pre_hook(lambda _m, _a, at=at, to=seen: to.append(at))
-                )
-        run_for_logits(model, ids)
-    blocks = heaviest(
-        modules
-        for modules, seen in zip(lists, calls, strict=True)
-        if len(modules) and seen == list(range(len(modules)))
-    )
-    if blocks is None:
-        raise NotBlockwise("no list of modules is called once each, in order")
-    return tuple(blocks)
-
-
 def _probe(chain: Chain, ids: torch.Tensor, carries: bool) -> None:
     """Run the model once with all borders cut, and once per block; note what the passes need.
 
     Raises NotBlockwise if a gradient crosses a border elsewhere, or a block does not repeat itself.
     """
     entries: list[torch.Tensor] = []  # what block i was given; that of the first with its graph
-    inputs: list[torch.Tensor] = []  # what it really ran on: a leaf
-    outputs: list[torch.Tensor] = []  # what it returned
-    leaves: list[torch.Tensor] = []  # what was passed on: a leaf
+    inputs: list[torch.Tensor] = []  # the leaf that it ran on
+    outputs: list[torch.Tensor] = []
+    leaves: list[torch.Tensor] = []  # what was passed on
     parameters = [list(owned.values()) for owned in chain.owned]
     outside = list(chain.outside.values())
 
     def handler(at: int, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = hidden_of(args, kwargs)
-        if at == 0 and entries and torch.equal(given, entries[0]):
-            # The model is run again, with targets, if that is how it gives all logits.
-            for noted in (entries, inputs, outputs, leaves, chain.forms):
-                noted.clear()
         if at != len(outputs) or (leaves and not _is_same(given, leaves[-1])):
             raise NotBlockwise(f"block {at} does not run on the output of the block before it")
         if len(given) != len(ids):  # Gemma 3n has four hidden states, and samples behind them

@@ -1,6 +1,4 @@
-"""How a language model is run: arguments, longest input, logits, token by token with its cache, and
-given back as it was.
-"""
+"""How a language model is run: arguments, longest input, logits, and steps with a cache."""
 
 from __future__ import annotations
 
@@ -8,9 +6,7 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -21,15 +17,9 @@ from llm_pruner.errors import DiscoveryError, UserError, require_kind
 
 _STATES = re.compile("hidden|state|cache|key|attention|mem")
 
-_needs_targets: WeakSet[nn.Module] = WeakSet()
-
 
 def module_of(model: Any) -> nn.Module:
-    """Return a module as it is, and of what `load` returned the network.
-
-    Raises:
-        UserError: it is neither.
-    """
+    """Return the network of what ``load`` returned, or a module as it is; UserError for others."""
     for held in ("network", "model"):
         if not isinstance(model, nn.Module):
             model = getattr(model, held, model)
@@ -41,19 +31,13 @@ def token_ids(given: Any, model: nn.Module) -> torch.Tensor:
     """Return the token ids in a tensor, an array or lists, shape (samples, tokens).
 
     Raises:
-        UserError: they are no integers, of another shape, or none of the model's tokens.
+        UserError: they are of another shape, or none of the model's tokens.
     """
-    try:
-        # Whatever the default device is.
-        ids = given if isinstance(given, torch.Tensor) else torch.as_tensor(given, device="cpu")
-    except (TypeError, ValueError, RuntimeError):  # no numbers, or lists of several lengths
-        ids = torch.empty(0, device="cpu")
-        said = f"in a {type(given).__name__}"
-    else:
-        said = f"of shape {tuple(ids.shape)} and type {ids.dtype}"
-    if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+    ids = torch.as_tensor(given, device=None if isinstance(given, torch.Tensor) else "cpu")
+    if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise UserError(
-            f"token ids {said} cannot be read; give integers of shape (samples, tokens)"
+            f"token ids of shape {tuple(ids.shape)} and type {ids.dtype} cannot be read; give "
+            "integers of shape (samples, tokens)"
         )
     ids = ids.long()
     table = getattr(input_embedding(model), "weight", None)
@@ -69,11 +53,11 @@ def token_ids(given: Any, model: nn.Module) -> torch.Tensor:
 def find_logits(output: Any, depth: int = 3) -> torch.Tensor | None:
     """Return the logits of a model's output, or None.
 
-    That is the output itself, what is called ``logits`` in it, or the first tensor of real numbers
-    in a tuple, list, mapping or object that is no single number (a loss), nor by its name a state.
+    They are the output itself, its ``logits``, or the first tensor of real numbers in a tuple,
+    list, mapping or object that is neither a single number (a loss) nor, by its name, a state.
 
     Args:
-        depth: how many of them may lie in each other.
+        depth: how many of them may be nested.
     """
     if isinstance(output, torch.Tensor):
         return output if output.is_floating_point() and output.dim() > 1 else None
@@ -94,11 +78,9 @@ def find_logits(output: Any, depth: int = 3) -> torch.Tensor | None:
 
 
 def logits_of(output: Any) -> torch.Tensor:
-    """Return the logits of an output, whatever it is wrapped in; DiscoveryError if none."""
-    logits = find_logits(output)
-    if logits is None:
-        kind = type(output).__name__
-        raise DiscoveryError(f"the model returns {kind}, in which no logits are found")
+    """Return the logits of an output; DiscoveryError if there are none."""
+    if (logits := find_logits(output)) is None:
+        raise DiscoveryError(f"the model returns {type(output).__name__} without logits")
     return logits
 
 
@@ -108,34 +90,22 @@ def run_for_logits(
     """Run a model and return the logits of all positions, shape (samples, seq_len, vocabulary).
 
     Args:
-        model: see ``logits_of``.
         input_ids: shape (samples, seq_len).
         positions: those whose logits are wanted, of a model that `gives_chosen`.
-
-    A model that gives those of the last position alone gives all of them beside a loss, so it is
-    given targets if it takes some.
 
     Raises:
         UserError: there are no logits of three dimensions, or not of all positions.
     """
-    targets = {"targets": input_ids} if model in _needs_targets else {}
     chosen = {} if positions is None else {"logits_to_keep": positions}
-    output = model(input_ids, **targets, **chosen)
+    output = model(input_ids, **chosen)
     logits = find_logits(output)
-    if logits is None or logits.ndim != 3:
+    wanted = input_ids.shape[1] if positions is None else len(positions)
+    if logits is None or logits.ndim != 3 or logits.shape[1] != wanted:
         raise UserError(
             f"the model returns {type(output).__name__} without logits of shape (samples, seq_len, "
-            "vocabulary), so it has no loss; use a causal language model"
+            "vocabulary), so it has no loss; let it return those of all positions"
         )
-    if logits.shape[1] == (input_ids.shape[1] if positions is None else len(positions)):
-        return logits
-    if targets or "targets" not in inspect.signature(model.forward).parameters:
-        raise UserError(
-            f"the model returns logits for {logits.shape[1]} of {input_ids.shape[1]} positions, so "
-            "it has no loss; let it return those of all positions"
-        )
-    _needs_targets.add(model)
-    return run_for_logits(model, input_ids)
+    return logits
 
 
 def gives_chosen(model: nn.Module) -> bool:
@@ -229,45 +199,15 @@ def is_on_meta(model: nn.Module) -> bool:
 
 
 @contextmanager
-def own_functions(model: nn.Module) -> Iterator[None]:
-    """Let a model compute by its own code where transformers put kernels of the hub in its place.
-
-    It does so on a GPU, from 5.25 on unasked. No trace sees what a kernel does, and those for
-    inference give no gradients.
-    """
-    modules = [*model.modules()]
-    # Where it is set, the next ``eval`` or ``train`` would put kernels there again.
-    before: list[tuple[nn.Module, str, Any]] = [
-        (module, "_use_kernels", True) for module in modules if vars(module).get("_use_kernels")
-    ]
-    for module in modules if before else ():
-        for one in (module, *vars(module).get("_kernel_funcs", {}).values()):
-            # Of a module that accelerate moves, the kernel is behind a forward pass of its own.
-            name = "_old_forward" if "_old_forward" in vars(one) else "forward"
-            kernel = vars(one).get(name)
-            if isinstance(kernel, MethodType) and hasattr(type(one), "kernel_layer_name"):
-                before.append((one, name, kernel))
-    for one, name, _ in before:
-        own = MethodType(type(one).forward, one)
-        vars(one)[name] = False if name == "_use_kernels" else own
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch a model to eval mode for the time of the context."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
         yield
     finally:
-        for one, name, value in before:
-            vars(one)[name] = value
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch a model to eval mode, and to its own functions, for the time of the context."""
-    training = [(module, module.training) for module in model.modules()]
-    with own_functions(model):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, mode in training:
-                module.training = mode
+        for module, mode in training:
+            module.training = mode
 
 
 @contextmanager
@@ -310,25 +250,16 @@ def own_forward(*modules: nn.Module) -> Iterator[None]:
 def leave_weights_(model: nn.Module) -> None:
     """Have a model compute with its weights as they are.
 
-    RWKV's code divides those of later blocks, in place, and the hidden states with them, as long as
-    it is not in training. The function is the same, but what is saved then is another model, and of
-    models that share weights one does it for all and the others do not know.
+    RWKV divides those of later blocks in place while it is not in training, so that what is saved
+    would be another model, and models that share weights would not know.
     """
     for module in model.modules():
         if hasattr(module, "_rescale_layers"):
-            vars(module)["_rescale_layers"] = _nothing
-
-
-def _nothing() -> None:
-    pass
+            vars(module)["_rescale_layers"] = lambda: None
 
 
 class Decoder:
-    """Runs a model over a growing text.
-
-    A plain loop in place of ``generate``: no defaults of the checkpoint's generation config
-    (sampling, penalties, forced tokens) come into a measurement. Like ``generate`` it asks for the
-    logits of the last position alone, where the model can be asked.
+    """Runs a model over a growing text, without the defaults of its generation config.
 
     Attributes:
         cache: what the model keeps of the text so far; None before the first step, and always for
@@ -385,14 +316,8 @@ def tensor_bytes(holder: Any) -> int:
 def make_room_(cache: Any, tokens: int) -> None:
     """Have the layers of a cache take the next tokens in place, up to ``tokens`` in all.
 
-    A layer of transformers' ``DynamicCache`` copies its keys and values at each step into tensors
-    with room for one token more. Layers that drop tokens, or keep something else, are left as they
-    are; so is a cache of another kind. For texts that only grow: none may be taken out, reordered
-    or cut.
-
-    Args:
-        cache: as a model returned it.
-        tokens: length to which the texts will grow; beyond it they are copied again.
+    A layer of transformers' ``DynamicCache`` copies its keys and values at each step. Other layers
+    are left as they are. The texts may only grow.
     """
     layers = getattr(cache, "layers", None)
     if isinstance(layers, list):

@@ -6,16 +6,17 @@ import json
 import math
 import re
 import struct
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llm_pruner.errors import UserError
-from llm_pruner.models.splitting import split_as_named_
 
 _MOST_HEADER = 2**26
 """Bytes in which the header of a file is looked for: names, numbers and the vocabulary."""
@@ -26,8 +27,6 @@ _NUMBERS = {4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q"}
 
 _WEIGHT = re.compile(rb"\0{7}(blk\.\d+\.[\w.]+|(?!rope_)\w+\.(?:weight|bias))[\1-\4]\0{3}")
 """A tensor in a header: its name behind the length of that, and how many dimensions it has."""
-
-_NORMED_STATE = "ssm.dt_b_c_rms"
 
 _SIZES = {
     "gpt2": {"context_length": "n_positions"},
@@ -109,18 +108,12 @@ def _header(file: Path) -> bytes:
 
 
 def complete_from_gguf_(config: Any, file: Path) -> None:
-    """Give a config what its file says, or llama.cpp knows, and transformers does not read.
+    """Give a config the sizes, attention scale and rotary base that transformers does not read.
 
-    These are sizes, the scale of the attention, and base and scaling of rotary embeddings. Raises
-    UserError if transformers computes something else, or a scaling is not told in full.
+    Raises UserError if the file does not say in full how rotary embeddings are scaled.
     """
     start = _header(file)
     architecture = str(_said(start, "general.architecture"))
-    if _said(start, f"{architecture}.{_NORMED_STATE}"):
-        raise UserError(
-            f"{file} is of a FalconMamba ({_NORMED_STATE}), which transformers reads from a .gguf "
-            "as a Mamba without its norms; name the folder that it was made of"
-        )
     for key, name in _SIZES.get(architecture, {}).items():
         if (size := _said(start, f"{architecture}.{key}")) is not None:
             setattr(config, name, size)
@@ -158,8 +151,6 @@ def _scale_rotary_(config: Any, file: Path, start: bytes) -> None:
     usual = rotary.get("rope_type", "default") == "default"
     if not (scaled or factors) or not (usual or kinds):
         return
-    if not scaled and "proportional" in kinds and all(_leaves_out(one) for one in factors):
-        return
     if usual and "rope_theta" in rotary and scaled and kind == "linear" and not factors:
         rotary |= {"rope_type": "linear", "factor": factor}
     elif "rope_theta" in rotary and not (scaled or kinds) and _is_llama3(text, factors[0]):
@@ -170,11 +161,6 @@ def _scale_rotary_(config: Any, file: Path, start: bytes) -> None:
             f"({kind if scaled else tensors[0].name}), and does not say all that makes them up; "
             "name the folder or the hub id of the model that it was made of"
         )
-
-
-def _leaves_out(factors: Any) -> bool:
-    """Whether factors of frequencies leave some as they are, and turn the others not at all."""
-    return bool(((factors == 1) | (factors > 1e29)).all())
 
 
 def _is_llama3(config: PreTrainedConfig, factors: Any) -> bool:
@@ -213,3 +199,82 @@ def drop_tokens_beyond_(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
     extra = getattr(tokenizer, "extra_special_tokens", [])
     tokenizer.extra_special_tokens = [one for one in extra if str(one) not in gone]
     tokenizer._tokenizer = type(backend).from_str(json.dumps(data))
+
+
+# ------------------------------------------------------------- how text is split before merging
+
+Rules: TypeAlias = tuple[object, ...]
+"""Whether whole tokens need no merges, and the rules in order.
+
+A rule is ``ByteLevel`` for GPT-2's own expression, ``Digits`` for single digits, or an expression.
+"""
+
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_LINES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s|"
+)
+_WORDS = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _LINES
+_TAIL = r"%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _LINES
+
+NAMES: dict[Rules, str] = {
+    (False, "ByteLevel"): "gpt-2",
+    (False, "Digits", "ByteLevel"): "smollm",
+    (False, _WORDS % r"\p{N}"): "qwen2",
+    (False, _WORDS % r"\p{N}{1,3}"): "smaug-bpe",
+    (True, _WORDS % r"\p{N}{1,3}"): "llama-bpe",
+    (True, _CASED % ("", "") + _TAIL % r"\p{N}"): "tekken",
+    (False, _CASED % ((f"{_CONTRACTIONS}?",) * 2) + _TAIL % r"\p{N}{1,3}"): "gpt-4o",
+}
+"""Rules -> llama.cpp's name."""
+
+
+def rules_of(data: dict[str, Any]) -> Rules:
+    """Return the rules in the JSON of a tokenizer of the library ``tokenizers``."""
+    rules = map(_rule, steps_of(data.get("pre_tokenizer")))
+    return (bool(data["model"].get("ignore_merges")), *filter(None, rules))
+
+
+def steps_of(one: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """Yield the steps of a normalizer or of what splits text, one in the other or not."""
+    if one is not None and one["type"] == "Sequence":
+        for step in one.get("normalizers") or one.get("pretokenizers") or ():
+            yield from steps_of(step)
+    elif one is not None:
+        yield one
+
+
+def split_as_named_(tokenizer: Tokenizer, name: object) -> None:
+    """Have a tokenizer of bytes split text by the rules of a name; another changes nothing."""
+    known = next((rules for rules, one in NAMES.items() if one == name), None)
+    data = json.loads(tokenizer.to_str())
+    bytewise = any(step["type"] == "ByteLevel" for step in steps_of(data.get("pre_tokenizer")))
+    if known is None or data["model"]["type"] != "BPE" or not bytewise or rules_of(data) == known:
+        return
+    whole, *rules = known
+    steps: list[Any] = [_step(str(rule)) for rule in rules]
+    if rules[-1] != "ByteLevel":
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.model.ignore_merges = whole
+
+
+def _step(rule: str) -> pre_tokenizers.PreTokenizer:
+    """Return a rule as a step that `_rule` reads as it."""
+    if rule == "Digits":
+        return pre_tokenizers.Digits(individual_digits=True)
+    if rule == "ByteLevel":
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return pre_tokenizers.Split(Regex(rule), "isolated")
+
+
+def _rule(step: dict[str, Any]) -> str | None:
+    """Return a step as `Rules` have it; None for the one that only writes bytes as letters."""
+    if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+        return str(step["pattern"].get("Regex"))
+    if step["type"] == "Digits" and step["individual_digits"]:
+        return "Digits"
+    if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
+        return "ByteLevel" if step.get("use_regex", True) else None
+    return json.dumps(step, sort_keys=True)

@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from types import CellType, FunctionType, ModuleType
+from types import ModuleType
 from typing import Any, TypeGuard
 
 import torch
@@ -27,15 +27,11 @@ _COUNT_NAME = re.compile("(n|num)_(hidden_)?(layers?|blocks?)")
 
 
 def sharing_copy(model: nn.Module, *, buffers: bool = True) -> nn.Module:
-    """Return a copy of a model whose tensors are those of the original until surgery.
-
-    Args:
-        buffers: whether those that are no parameters are, too; else the copy has its own.
-    """
+    """Return a copy of a model that shares its tensors; without ``buffers``, parameters alone."""
     weights = {id(one): one for one in model.parameters()}
     others = [one for one in tensors_of(model) if id(one) not in weights]
     memo = {id(one): one if buffers else one.detach().clone() for one in others}
-    return own_copy(model, memo | weights)
+    return copy.deepcopy(model, memo | weights)
 
 
 def tensors_of(model: nn.Module) -> Iterator[torch.Tensor]:
@@ -59,10 +55,7 @@ def held_in(value: Any, kind: type, depth: int = 3) -> Iterator[Any]:
 def with_initialisers(
     model: nn.Module,
 ) -> Iterator[tuple[str, Any, Callable[[nn.Module], object] | None]]:
-    """Yield the path of each module, the module, and what initialises it; None if nothing does.
-
-    As in transformers that is the method of the innermost model around it that has one.
-    """
+    """Yield the path of each module, the module, and the ``_init_weights`` that holds for it."""
     ways: dict[str, Callable[[nn.Module], object] | None] = {}
     for path, module in model.named_modules():
         above = ways.get(path.rpartition(".")[0])
@@ -71,53 +64,12 @@ def with_initialisers(
 
 
 def names_in_float32(model: nn.Module, dtype: torch.dtype) -> set[str]:
-    """Return the tensors that transformers has in float32 where a model is loaded in a type.
-
-    Such are the numbers that choose experts: rounded, some are equal that were not.
-    """
+    """Return the tensors, such as those of routers, that stay in float32 in a model of a type."""
     plan = model._get_dtype_plan(dtype) if isinstance(model, PreTrainedModel) else {}
     if not plan:
         return set()
     pattern, *_ = build_glob_alternation([*plan])
     return {name for name in model.state_dict(keep_vars=True) if pattern.search(name)}
-
-
-def own_copy(model: Any, memo: dict[int, Any] | None = None) -> Any:
-    """Return a deep copy whose modules' functions are its own as well.
-
-    ``copy.deepcopy`` takes a function as it is, so one that a module holds, such as
-    ``lambda x: x @ self.embedding.weight.T``, would go on reading the modules of the original.
-
-    Args:
-        memo: see ``copy.deepcopy``.
-    """
-    memo = {} if memo is None else memo
-    copied = copy.deepcopy(model, memo)
-    for module in copied.modules():
-        for name, value in [*vars(module).items()]:
-            if isinstance(value, FunctionType) and value.__closure__:
-                vars(module)[name] = _bound_anew(value, memo)
-    return copied
-
-
-def _bound_anew(function: FunctionType, memo: Mapping[int, Any]) -> FunctionType:
-    """Return a function that reads copies in place of modules that were copied."""
-    cells = []
-    for cell in function.__closure__ or ():
-        with suppress(ValueError):  # an empty one
-            if isinstance(cell.cell_contents, nn.Module):
-                cell = CellType(memo.get(id(cell.cell_contents), cell.cell_contents))
-        cells.append(cell)
-    bound = FunctionType(
-        function.__code__,
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        tuple(cells),
-    )
-    bound.__kwdefaults__ = function.__kwdefaults__
-    vars(bound).update(vars(function))
-    return bound
 
 
 def without_layers(model: nn.Module, path: str, gone: Sequence[int]) -> nn.Module:
@@ -132,12 +84,7 @@ def without_layers(model: nn.Module, path: str, gone: Sequence[int]) -> nn.Modul
 
 
 def kept_layers(model: nn.Module, gone: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Return module list -> indices of the children that stay, for each list that loses some.
-
-    Args:
-        model: the model before the removal.
-        gone: qualified names of children of module lists.
-    """
+    """Return module list -> indices of the children that stay, for each list that loses some."""
     lost: dict[str, set[int]] = defaultdict(set)
     for name in gone:
         path, _, index = name.rpartition(".")
@@ -149,11 +96,10 @@ def kept_layers(model: nn.Module, gone: Iterable[str]) -> dict[str, tuple[int, .
 
 
 def apply_layers(model: nn.Module, layers: Mapping[str, Sequence[int]]) -> None:
-    """Keep only the given children of module lists, and state the new number in the settings.
+    """Keep only the given children of module lists, and adapt the settings.
 
-    The settings are the model's own copies from then on: another model may be made of the same. A
-    list-valued setting with one entry per layer keeps the entries of the layers that stay; lists
-    of token ids may have that length by chance and are left alone.
+    The settings are the model's own copies from then on. A list with one entry per layer keeps the
+    entries of the layers that stay, unless it is one of token ids.
     """
     settings = {id(config) for config in configs_of(model)}
     memo: dict[int, Any] = {}  # what modules share stays shared
@@ -167,10 +113,7 @@ def apply_layers(model: nn.Module, layers: Mapping[str, Sequence[int]]) -> None:
 
 
 def is_layer_list(module: nn.Module) -> TypeGuard[nn.ModuleList]:
-    """Whether a module may hold layers: a module list, or a plain sequence of blocks of one class.
-
-    A sequence of modules that hold no others, as in a feed-forward network, is none.
-    """
+    """Whether a module may hold layers: a module list, or a sequence of blocks of one class."""
     if type(module) is not nn.Sequential:
         return isinstance(module, nn.ModuleList)
     children = [*module]
@@ -185,14 +128,8 @@ def heaviest_list(model: nn.Module) -> nn.ModuleList | None:
 
 
 def keep_children(model: nn.Module, path: str, kept: Sequence[int]) -> int:
-    """Keep only the given children of a module list; return how many it had.
-
-    Raises:
-        TypeError: it is no module list.
-    """
-    children = model.get_submodule(path)
-    if not is_layer_list(children):
-        raise TypeError(f"{path} is no module list")
+    """Keep only the given children of a module list; return how many it had."""
+    children: Any = model.get_submodule(path)
     shorter = copy.copy(children)
     shorter._modules = {str(new): children._modules[str(old)] for new, old in enumerate(kept)}
     for module in [*model.modules()]:  # which may hold the list under several names
@@ -216,11 +153,7 @@ def set_attributes_(model: nn.Module, edits: Edits) -> None:
 
 
 class Renaming:
-    """Names of tensors and modules after layers were removed and the rest renumbered.
-
-    Args:
-        kept: module list -> indices of the children that stay.
-    """
+    """Names of tensors and modules after layers were removed and the rest renumbered."""
 
     def __init__(self, kept: Mapping[str, Sequence[int]]) -> None:
         self._places = [
@@ -245,10 +178,7 @@ class Renaming:
 def numbering(
     model: nn.Module, path: str, count: int
 ) -> dict[tuple[str, str], tuple[int, dict[int, int]]]:
-    """Return the attributes that number the layers: (module inside a layer, attribute) -> step.
-
-    Beside the step stands the number of each layer that has the attribute.
-    """
+    """Return (module inside a layer, attribute) -> (step, layer -> number), if it numbers them."""
     present: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
     children: Mapping[str, nn.Module | None] = model.get_submodule(path)._modules
     for i, child in ((int(name), child) for name, child in children.items() if child is not None):
@@ -269,7 +199,6 @@ def layer_numbers(
 
     Args:
         model: before the removal; modules are named as they will be after it.
-        layers: module list -> indices of the children that stay.
         keep: (list, module inside a layer, attribute) of numbers that stay what they are.
     """
     for path, kept in layers.items():
@@ -299,10 +228,7 @@ def _above(path: str) -> Iterator[str]:
 
 
 def _counts(module: nn.Module, count: int) -> Iterator[str]:
-    """Yield the attributes of a module, and of the settings it holds, that say a number of layers.
-
-    Not those of settings whose number of layers ``apply_layers`` sets.
-    """
+    """Yield the attributes of a module that say a number of layers, and of settings it holds."""
     for name, value in vars(module).items():
         numbers = {name: value}
         if is_settings(name, value) and getattr(value, "num_hidden_layers", None) != count:
@@ -349,11 +275,13 @@ def is_settings(key: str, value: object) -> bool:
     )
 
 
-def configs_of(model: nn.Module) -> list[Any]:
-    """Return the settings that modules hold under ``config``, with those of a text model.
+def has_recipe(config: Any) -> bool:
+    """Whether a config holds the recipe of a pruned model whose layers differ."""
+    return isinstance(getattr(config, "pruned", None), dict)
 
-    Not those that cannot be set.
-    """
+
+def configs_of(model: nn.Module) -> list[Any]:
+    """Return the settings that modules hold under ``config``, with those of a text model."""
     found: dict[int, Any] = {}
     for module in model.modules():
         config = vars(module).get("config")

@@ -195,11 +195,8 @@ def reshape_parameters_(model, shapes):
                 "a model with layers of different sizes cannot be loaded under DeepSpeed ZeRO-3, "
                 "which splits weights before they have their sizes; use ZeRO-2"
             )
-        if old is None:  # a linear module that was given a bias
-            new = nn.Parameter(module.weight.new_zeros(shape), module.weight.requires_grad)
-        else:
-            new = nn.Parameter(old.data[tuple(map(slice, shape))].clone(), old.requires_grad)
-            vars(new).update(vars(old))  # marks that loaders leave on parameters
+        new = nn.Parameter(old.data[tuple(map(slice, shape))].clone(), old.requires_grad)
+        vars(new).update(vars(old))  # marks that loaders leave on parameters
         setattr(module, name, new)
         if name == "weight" and isinstance(module, nn.Linear):
             module.out_features, module.in_features = shape  # quantizers make theirs of them

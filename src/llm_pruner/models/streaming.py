@@ -1,21 +1,21 @@
-"""Weights that stay in the checkpoint's files and are read for their block's turn.
+"""Weights that stay in the checkpoint's files and are read when their block runs.
 
-``stream_`` puts one NaN in the shape of every weight inside the blocks: what is read out of turn
-does not pass unnoticed. When a block runs, and for as long as ``turn`` holds it, its weights are
-there in the type of computation, cut as surgery said, and afterwards their pages are given back; so
-are those of embeddings and head, for each call, where nothing else uses them.
-``docs/how-it-works.md`` says more.
+``stream_`` puts one NaN in the shape of every weight inside the blocks, so that what is read at
+another time does not pass unnoticed. While a block runs, or ``turn`` holds it, its weights are
+there in the type of computation, cut as surgery said; afterwards their pages are given back. So are
+those of the embedding and the head. ``docs/how-it-works.md`` says more.
 """
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial, update_wrapper
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,13 +24,18 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 from torch.utils.weak import WeakIdKeyDictionary
 
 from llm_pruner.errors import NeedsMemory
-from llm_pruner.models.assembled import Assembled, Ranges, are_mapped, whole
-from llm_pruner.models.layers import heaviest_list, names_in_float32, own_copy, with_initialisers
-from llm_pruner.models.lone_ends import lone_ends
-from llm_pruner.models.stored_weight import StoredWeight, filed
+from llm_pruner.models.forward import input_embedding
+from llm_pruner.models.layers import heaviest_list, names_in_float32, with_initialisers
+from llm_pruner.models.mapped_weights import (
+    Joined,
+    StoredWeight,
+    are_mapped,
+    filed,
+    mapped_files,
+    whole,
+    wider_values,
+)
 from llm_pruner.types import IntArray
-
-_LOG = logging.getLogger(__name__)
 
 _SOURCES: Any = WeakIdKeyDictionary()
 _ROOMS: Any = WeakIdKeyDictionary()
@@ -88,15 +93,12 @@ def stored(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def in_turns(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a copy that computes in another type, and has each block's weights in it for its turn.
-
-    It shares the weights of ``model``, which is in memory and stays. Raises NeedsMemory: `stream_`.
-    """
+    """Return a copy of a model in memory that shares its weights and casts them block by block."""
     memo: dict[int, Any] = {id(one): one.detach() for one in model.buffers()}
     for one in model.parameters():
         memo[id(one)] = nn.Parameter(one.detach(), one.requires_grad)
     device = next(model.parameters()).device
-    copy = own_copy(model, memo)
+    copy = deepcopy(model, memo)
     stream_(copy, dtype, device)
     return copy
 
@@ -107,10 +109,9 @@ def stream_(
     device: torch.device | str = "cpu",
     room: int = 0,
     *,
-    ranges: Ranges = (),
-    unrounded: Mapping[int, torch.Tensor] | None = None,
+    folder: Path | None = None,
 ) -> None:
-    """Have weights read for each turn of their block, embedding or head; turn others to ``dtype``.
+    """Have weights read whenever their block, embedding or head runs; cast others to ``dtype``.
 
     What transformers has in float32 where a model is of that type stays in it.
 
@@ -119,8 +120,7 @@ def stream_(
         dtype: of computation.
         device: where it is computed.
         room: bytes that the weights may take; see ``room_for``.
-        ranges: of addresses at which the files of its weights are mapped, if they are.
-        unrounded: id of a parameter -> its values, where loading has rounded them.
+        folder: that holds its files; None for a model in memory.
 
     Raises:
         NeedsMemory: the model has no list of blocks, or holds computed numbers that the stored type
@@ -133,26 +133,29 @@ def stream_(
             f"{type(model).__name__} has no list of blocks, so its weights cannot be read block by "
             "block"
         )
+    ranges = mapped_files(folder) if folder is not None else []
+    there = next(one.dtype for one in model.parameters() if one.is_floating_point())
+    exact = {}
+    if folder is not None and torch.promote_types(dtype, there) != there:
+        exact = wider_values(model, folder, there)
     _compute_anew_(model, dtype)
-    noted, wide = {**(unrounded or {}), **_set_apart_(model)}, _wide(model, dtype)
+    values, wide = exact | _set_apart_(model), _wide(model, dtype)
     uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
 
     def source_of(tensor: torch.Tensor) -> StoredWeight:
-        stored = noted.get(id(tensor), tensor).detach()
+        stored = values.get(id(tensor), tensor).detach()
         kind = torch.float32 if id(tensor) in wide else dtype
         return StoredWeight(stored, kind, device, are_mapped(stored, ranges))
 
-    ends, elsewhere = lone_ends(model, blocks, dtype if device.type == "cpu" else None)
     for number, block in enumerate(blocks):
         inside = [one for _, one in block.named_parameters(remove_duplicate=False)]
         within = Counter(map(id, inside))
         for parameter in {id(one): one for one in inside}.values():
-            alone = within[id(parameter)] == uses[id(parameter)] and id(parameter) not in elsewhere
-            if alone and parameter.is_floating_point():
+            if within[id(parameter)] == uses[id(parameter)] and parameter.is_floating_point():
                 _adopt(parameter, source_of(parameter))
         run = partial(_in_turn, block, number, block.forward)
         block.forward = update_wrapper(run, block.forward)
-    for end in ends:
+    for end in _ends(model, uses, dtype if device.type == "cpu" else None):
         for parameter in end.parameters():
             if not is_streamed(parameter):
                 _adopt(parameter, replace(source_of(parameter), tied=uses[id(parameter)] > 1))
@@ -172,40 +175,48 @@ def stream_(
     if config is not None:
         config.dtype = dtype
     _ROOMS[model] = room
-    sources = (_SOURCES.get(one) for one in model.parameters())
-    held = sum(one.stored.nbytes for one in sources if one is not None and not one.mapped)
-    if ranges and 0 < room < held:
-        _LOG.warning(
-            "%.1f GB of the weights lie in memory for the whole run, more than the %.1f GB that "
-            "were for them: the files have them in another form than the model, such as experts "
-            "one by one, which are put together when they are loaded",
-            held / 1e9,
-            room / 1e9,
-        )
+
+
+def _ends(model: Any, uses: Mapping[int, int], widened: torch.dtype | None) -> Iterator[nn.Module]:
+    """Yield the embedding and the head, where nothing else uses their weights.
+
+    Args:
+        uses: id of a parameter -> how many modules hold it.
+        widened: type of computation, if rows can be read where the file is mapped, as on the CPU.
+            The embedding stays in memory else, and where that type is narrower than its own.
+    """
+    table, head = input_embedding(model), getattr(model, "get_output_embeddings", lambda: None)()
+    found: list[nn.Module] = [head] if isinstance(head, nn.Linear) else []
+    if type(table) is nn.Embedding and table.max_norm is None and widened is not None:
+        found += [table] if torch.promote_types(table.weight.dtype, widened) == widened else []
+    held = Counter(id(one) for end in found for one in end.parameters())
+    for end in found:
+        if all(uses[id(one)] == held[id(one)] for one in end.parameters()):
+            yield end
 
 
 def _set_apart_(model: nn.Module) -> dict[int, torch.Tensor]:
-    """Give a model plain tensors for notes of what they are made of; return id -> note."""
+    """Put plain tensors in place of ``Joined`` ones; return id of the new -> the joined one."""
     new: dict[int, nn.Parameter] = {}
     noted: dict[int, torch.Tensor] = {}
     for module in model.modules():
         parameters: dict[str, Any] = module._parameters
         for key, old in parameters.items():
-            if isinstance(old, Assembled):
+            if isinstance(old, Joined):
                 shape = torch.full((), torch.nan, dtype=old.dtype, device="cpu").expand(old.shape)
                 one = new.setdefault(id(old), nn.Parameter(shape, old.requires_grad))
                 parameters[key] = one
                 noted[id(one)] = old
         buffers: dict[str, Any] = module._buffers
-        buffers |= {key: whole(one) for key, one in buffers.items() if isinstance(one, Assembled)}
+        buffers |= {key: whole(one) for key, one in buffers.items() if isinstance(one, Joined)}
     return noted
 
 
 def _wide(model: nn.Module, dtype: torch.dtype) -> set[int]:
-    """Return the ids of the tensors that a model has in float32 where it is of a type.
+    """Return the ids of the tensors that stay in float32 where a model is of ``dtype``.
 
-    They are those of which transformers says so, parameters that were loaded in it where most were
-    not, and buffers that no file holds, if they are in it.
+    transformers says so of some; others are parameters that were loaded in it where most were not,
+    and buffers that no file holds.
     """
     saved, named = model.state_dict(keep_vars=True), names_in_float32(model, dtype)
     found = {id(saved[name]) for name in named}
@@ -223,8 +234,8 @@ def _wide(model: nn.Module, dtype: torch.dtype) -> set[int]:
 def ends_of(model: nn.Module) -> list[nn.Module]:
     """Return the modules outside the blocks whose weights are read for each call.
 
-    Who wants a gradient that passes them has to hold their ``turn`` until he has it. Heads come
-    first, as they cannot do with a tied weight in the type in which it is stored.
+    A gradient passes them while their ``turn`` is held. Heads come first, since they need a tied
+    weight in the type of computation.
     """
     found = (one for one in model.modules() if getattr(one.forward, "func", None) is _end_in_turn)
     return sorted(found, key=lambda one: isinstance(one, nn.Embedding))
@@ -233,24 +244,25 @@ def ends_of(model: nn.Module) -> list[nn.Module]:
 def _compute_anew_(model: nn.Module, dtype: torch.dtype) -> None:
     """Give buffers that no file holds the values of type ``dtype``; NeedsMemory if unknown."""
     for path, module, initialise in with_initialisers(model):
+        buffers: dict[str, Any] = module._buffers
         narrow = [
             name
             for name in module._non_persistent_buffers_set
-            if (buffer := module._buffers.get(name)) is not None
-            and torch.promote_types(buffer.dtype, dtype) != buffer.dtype
-            and buffer.is_floating_point()
+            if (one := buffers.get(name)) is not None
+            and one.is_floating_point()
+            and torch.promote_types(one.dtype, dtype) != one.dtype
         ]
         if not narrow:
             continue
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             tensor._is_hf_initialized = True
         for name in narrow:
-            module._buffers[name] = torch.full_like(module._buffers[name], torch.nan, dtype=dtype)
+            buffers[name] = torch.full_like(buffers[name], torch.nan, dtype=dtype)
         if initialise is not None:
             with torch.no_grad():
                 initialise(module)
         for name in narrow:
-            if module.get_buffer(name).isnan().any():
+            if buffers[name].isnan().any():
                 where = f"{path}.{name}".removeprefix(".")
                 raise NeedsMemory(
                     f"{where} of {type(model).__name__} is computed in the type of the weights, "
@@ -271,20 +283,23 @@ def _in_turn(block: nn.Module, number: int, forward: Any, *args: Any, **kwargs: 
 
 
 def _end_in_turn(end: nn.Module, number: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run a head as the block behind all others, or an embedding, which waits for nobody."""
+    """Run a head as the block behind all others, or an embedding, which waits for none."""
+    source: StoredWeight | None = _SOURCES.get(end.weight)
     if not isinstance(end, nn.Embedding):
-        source = _SOURCES.get(end.weight) if type(end) is nn.Linear else None
         if source is not None and args and args[0].dtype == torch.float64 != source.dtype:
             args = (args[0].to(source.dtype), *args[1:])
         return _in_turn(end, number, forward, *args, **kwargs)
-    source = _SOURCES.get(end.weight)
-    if source is not None and end.weight not in _held and _finds_rows(end, source):
+    if source is None:
+        return forward(*args, **kwargs)
+    # Rows are looked up where they lie, unless a trace has to see the cut table.
+    columns = all(dim == 1 for dim, _, _ in source.changes) and _reads_rows(end, source)
+    if columns and end.weight not in _held and _get_current_dispatch_mode() is None:
         found = source.rows(*args, **kwargs)
         source.forget()
     else:
         with turn(end):
             found = forward(*args, **kwargs)
-    return found if source is None else found.to(source.dtype)
+    return found.to(source.dtype)
 
 
 def _adopt(parameter: nn.Parameter, source: StoredWeight) -> None:
@@ -331,31 +346,20 @@ def turn(*blocks: nn.Module) -> Iterator[None]:
 
 
 def _type_in_turn(module: nn.Module, source: StoredWeight) -> torch.dtype:
-    as_stored = _would_narrow(module, source) or _reads_rows(module, source)
-    return source.stored.dtype if as_stored else source.dtype
-
-
-def _would_narrow(module: nn.Module, source: StoredWeight) -> bool:
-    """Whether autocast would cast a module's weights to the type in which they are stored."""
+    """Return the stored type if autocast would cast to it, or a few rows are read and widened."""
     on = source.device.type
-    return (
+    narrowed = (
         type(module) is nn.Linear
         and not (source.tied and _wants_gradient(module))
         and torch.is_autocast_enabled(on)
         and torch.get_autocast_dtype(on) == source.stored.dtype
     )
+    return source.stored.dtype if narrowed or _reads_rows(module, source) else source.dtype
 
 
 def _reads_rows(module: nn.Module, source: StoredWeight) -> bool:
-    """Whether a module's weights stay as stored, since it reads a few rows, widened afterwards."""
     narrow = torch.promote_types(source.stored.dtype, source.dtype) == source.dtype
     return type(module) is nn.Embedding and narrow and not _wants_gradient(module)
-
-
-def _finds_rows(module: nn.Module, source: StoredWeight) -> bool:
-    """Whether rows can be looked up where they lie: a cut table is a copy, and a trace sees it."""
-    across = all(dim == 1 for dim, _, _ in source.changes)
-    return across and _reads_rows(module, source) and _get_current_dispatch_mode() is None
 
 
 def _wants_gradient(module: nn.Module) -> bool:
@@ -429,8 +433,8 @@ def as_before(model: nn.Module) -> Iterator[None]:
 def saved_by_shard(model: Any) -> Iterator[dict[str, torch.Tensor] | None]:
     """Yield a state dict from which ``save_pretrained`` reads one shard's weights at a time.
 
-    None if the model is not streamed. It has the form of a model whose weights a device map has put
-    on the disk, which ``save_pretrained`` asks for each of them when it comes to its shard.
+    None if the model is not streamed. For it the model looks like one that a device map has put on
+    the disk.
     """
     state = model.state_dict(keep_vars=True)
     if not any(is_streamed(tensor) for tensor in state.values()):
@@ -462,6 +466,5 @@ class _Reader:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         source = _SOURCES[self._state[name]]
-        if source.changes:
-            return values_of(self._state[name]).cpu().contiguous()
-        return source.copied(source.dtype).cpu()
+        value = source.read() if source.changes else source.copied(source.dtype)
+        return value.cpu().contiguous()

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,6 @@ from llm_pruner.errors import UserError
 from llm_pruner.files.disk import new_folder
 from llm_pruner.files.outputs import free_bytes
 from llm_pruner.models.forward import embedding_rows, own_forward
-from llm_pruner.models.layers import own_copy
 from llm_pruner.recovery import checkpoint as state
 from llm_pruner.recovery.arguments import training_arguments
 from llm_pruner.recovery.callbacks import Guard, Progress, evaluation_interval
@@ -111,7 +111,7 @@ def recover_(
     work.mkdir(parents=True, exist_ok=True)
     merges = settings.quantize == "none" and not processes.sharded
     if not merges and again is None:
-        again = partial(own_copy, own_copy(model))
+        again = partial(deepcopy, deepcopy(model))
     total = _total_steps(len(train), settings)
     with processes.first():
         checkpoint = state.last_checkpoint(work)

@@ -14,8 +14,8 @@ from pydantic import BaseModel
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.files.disk import expanded, json_object
+from llm_pruner.models.checkpoint_files import name_of, stored_size
 from llm_pruner.models.load import load_model
-from llm_pruner.models.stored import name_of, stored_size
 from llm_pruner.planning import read_plan
 from llm_pruner.report import figures, view
 from llm_pruner.report.data import JSON_FILE, Evaluation, Report, Source, Variant, read_report

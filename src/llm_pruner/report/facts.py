@@ -19,7 +19,7 @@ from llm_pruner.data.text import CHAT, PRUNED, SELF
 from llm_pruner.evaluation.perplexity import PerplexityResult
 from llm_pruner.evaluation.skills import Share, digest_of
 from llm_pruner.files.disk import expanded
-from llm_pruner.models.stored import DEFAULT, local_path
+from llm_pruner.models.checkpoint_files import DEFAULT, local_path
 from llm_pruner.planning import Plan
 from llm_pruner.planning.constraints import removed_layers
 from llm_pruner.report import data

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from llm_pruner.models.forward import run_for_logits, undisturbed
-from llm_pruner.models.lockstep import in_step, result_of, runs_in_step
 from llm_pruner.models.streaming import is_model_streamed
+from llm_pruner.models.synchronized_runs import in_step, result_of, runs_in_step
 from llm_pruner.runtime.progress import track
 
 Change: TypeAlias = Callable[[nn.Module, int], AbstractContextManager[None]]

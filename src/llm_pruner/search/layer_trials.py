@@ -26,8 +26,8 @@ import torch
 from torch import nn
 
 from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
-from llm_pruner.models.consumers import consumers_of, input_dim, linear_modules
 from llm_pruner.models.forward import first_tensor, undisturbed
+from llm_pruner.models.linear_modules import consumers_of, input_dim, linear_modules
 from llm_pruner.models.streaming import is_model_streamed
 from llm_pruner.planning.allocate import allocate
 from llm_pruner.planning.candidates import AllCandidates, Candidates, find_candidates

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from llm_pruner.checkpoints.reshape import compose
+from llm_pruner.checkpoints.recipe import compose
 from llm_pruner.models.load import load
 from llm_pruner.runtime.progress import Clock
 from llm_pruner.settings.common import ModelSettings

@@ -22,8 +22,8 @@ from torch import nn
 
 from llm_pruner.errors import InfeasibleError, VerificationError, require_kind
 from llm_pruner.models.forward import module_of, token_ids
-from llm_pruner.models.lockstep import Job, Outcome, Side, in_step, result_of, together
 from llm_pruner.models.streaming import is_streamed, zeroed
+from llm_pruner.models.synchronized_runs import Job, Outcome, Side, in_step, result_of, together
 from llm_pruner.surgery.removal import (
     checked_removal,
     removed_modules,

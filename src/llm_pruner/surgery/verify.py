@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
@@ -17,8 +18,7 @@ from torch import nn
 
 from llm_pruner.errors import InfeasibleError, UserError, VerificationError
 from llm_pruner.models.forward import is_on_meta, leave_weights_
-from llm_pruner.models.layers import heaviest_list, own_copy, sharing_copy
-from llm_pruner.models.lockstep import Outcome, result_of
+from llm_pruner.models.layers import heaviest_list, sharing_copy
 from llm_pruner.models.streaming import (
     computed_in,
     ends_of,
@@ -26,6 +26,7 @@ from llm_pruner.models.streaming import (
     is_model_streamed,
     keep_dtype_,
 )
+from llm_pruner.models.synchronized_runs import Outcome, result_of
 from llm_pruner.runtime.memory import free_bytes
 from llm_pruner.runtime.precision import exact_products
 from llm_pruner.surgery.cut import Undo, cut_, plan_edits
@@ -164,7 +165,7 @@ def _verified_in_float32(
             if streamed:
                 wide = sharing_copy(model)
             elif _has_room(model, copies=1):
-                wide = own_copy(model).float()
+                wide = deepcopy(model).float()
             else:
                 wide = in_turns(model, torch.float32)
             return cut_verified_(wide, discovery, removal)[1]
@@ -278,7 +279,7 @@ def _is_rounding(
         with computed_in(model, torch.float64) if streamed else nullcontext():
             fine = model
             if not streamed:
-                fine = in_turns(model, torch.float64) if large else own_copy(model).double()
+                fine = in_turns(model, torch.float64) if large else deepcopy(model).double()
             _leave_heads_(fine, discovery, removal)
             left, right, _ = _twin_and_copy(fine, discovery, removal, scenes)
     except torch.OutOfMemoryError:

@@ -29,7 +29,6 @@ from llm_pruner.models.forward import (
     caching,
     logits_of,
     maximum_length,
-    own_functions,
     parameters_of,
 )
 from llm_pruner.models.layers import held_in, is_settings
@@ -278,7 +277,7 @@ def staged(model: nn.Module, *, training: bool = False) -> Iterator[None]:
         if _has_values(value)
     ]
     try:
-        with own_functions(model), put_back(spaces), torch.no_grad():
+        with put_back(spaces), torch.no_grad():
             for space, key in random:
                 space[key] = 0.0
             model.train(training)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,14 +39,7 @@ _BLOCK = 32
 
 @dataclass(frozen=True)
 class GgufFile:
-    """What is to be written.
-
-    Attributes:
-        kind: one of ``TYPES``.
-        model: what it holds.
-        tokenizer: key -> value.
-        stored: type in which the weights are stored.
-    """
+    """What is to be written: ``kind`` is one of ``TYPES``, ``stored`` the type of the weights."""
 
     kind: str
     model: GgufModel
@@ -73,11 +66,11 @@ class GgufFile:
     def _size(self, kind: str) -> int:
         return sum(_bytes(one, _type_of(one, kind)) for one in self.model.tensors)
 
-    def write(self, out: Path, check: Callable[[], None]) -> None:
+    def write(self, out: Path) -> None:
         """Write it; the file is there whole or not at all.
 
-        ``check`` is called before it appears, and may raise. Raises UserError if a weight is beyond
-        what f16 holds, LLMPrunerError if llama.cpp cannot quantise it, OSError if the disk is full.
+        Raises UserError if a weight is beyond what f16 holds, LLMPrunerError if llama.cpp cannot
+        quantise it, OSError if the disk is full.
         """
         with new_file(out) as place:
             if self.kind in _PLAIN:
@@ -86,7 +79,6 @@ class GgufFile:
                 with scratch_file(out) as before:
                     self._write(before, _BEFORE.get(self.stored, "f32"))
                     quantize(before, place, self.kind, len(self.model.tensors))
-            check()
 
     def _write(self, file: Path, kind: str) -> None:
         with closing(gguf.GGUFWriter(file, self.model.architecture)) as writer:

@@ -19,20 +19,15 @@ class ChatGLMConfig(PreTrainedConfig):
     Attributes:
         inner_hidden_size: width of a feed-forward network.
         max_sequence_length: longest input that the model was trained on.
-        position_encoding_2d: half of a head's channels are rotated by the position in the context,
-            half by the position in the answer; if false, all by one position.
         head_dim: channels of a head; ``hidden_size // num_attention_heads`` if 0. The published
-            code has no such key: it is there for models that lost heads or hidden channels.
+            code has no such key: models that lost heads or hidden channels need it.
         residual_scale: factor alpha of the residual connections; ``sqrt(2 * num_layers)`` if 0.
-            Kept as a number, because a model that lost layers still needs the alpha it was trained
-            with. No such key in the published code either.
+            A model that lost layers keeps the alpha it was trained with. Not in the published code.
         tie_word_embeddings: the output layer shares the weight of the embedding.
-        quantization_bit, pre_seq_len, prefix_projection: keys of quantized and prompt-tuned
-            variants, which are not supported: 0, None and False.
+        quantization_bit, pre_seq_len, position_encoding_2d: keys of variants that are refused.
 
     Raises:
-        UserError: the values are those of such a variant, or of ChatGLM2 or later; or the sizes do
-            not fit together.
+        UserError: the values are those of such a variant, or of ChatGLM2 or later.
     """
 
     model_type = "chatglm"
@@ -67,38 +62,16 @@ class ChatGLMConfig(PreTrainedConfig):
     prefix_projection: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        later = [key for key in _LATER_KEYS if key in kwargs]
-        if later:
-            raise UserError(
-                f"this 'chatglm' config has {later[0]}, so it is ChatGLM2 or later, another "
-                "architecture under the same model type; only ChatGLM-6B is known here: use a "
-                "checkpoint in the format of transformers' own 'glm' models"
-            )
+        later = next((key for key in _LATER_KEYS if key in kwargs), None)
         # The code that a published checkpoint points to is replaced by this package.
         kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
-        if self.quantization_bit:
+        known = {"quantization_bit": 0, "pre_seq_len": None, "position_encoding_2d": True}
+        other = [later] if later else [k for k, value in known.items() if vars(self)[k] != value]
+        if other:
             raise UserError(
-                f"quantization_bit={self.quantization_bit}: the weights are packed integers, which "
-                "cannot be read here; name the float16 checkpoint"
+                f"this config has another {other[0]} than ChatGLM-6B, the one chatglm that is "
+                "known; name its float16 checkpoint, or one of transformers' own 'glm' models"
             )
-        if self.pre_seq_len is not None or self.prefix_projection:
-            raise UserError(
-                f"pre_seq_len={self.pre_seq_len}: the checkpoint has a tuned prefix, which cannot "
-                "be read here; name the checkpoint without it"
-            )
-        if not self.head_dim:
-            if self.hidden_size % self.num_attention_heads:
-                raise UserError(
-                    f"hidden_size={self.hidden_size} is no multiple of num_attention_heads="
-                    f"{self.num_attention_heads}; set head_dim"
-                )
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        pairs = 4 if self.position_encoding_2d else 2
-        if self.head_dim % pairs:
-            raise UserError(
-                f"head_dim={self.head_dim} is no multiple of {pairs}, so its channels cannot be "
-                "rotated in pairs; change it, hidden_size or num_attention_heads"
-            )
-        if not self.residual_scale:
-            self.residual_scale = math.sqrt(2 * self.num_layers)
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.residual_scale = self.residual_scale or math.sqrt(2 * self.num_layers)

@@ -11,6 +11,7 @@ whose rows are ordered (head, [query, key, value], channel).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,6 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from llm_pruner.models.chatglm.configuration import ChatGLMConfig
-from llm_pruner.models.chatglm.layout import Layout, positions, read_layout, visible
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -74,7 +74,7 @@ def inverse_frequencies(config: ChatGLMConfig) -> torch.Tensor:
     They are rounded to half precision, in which the published model holds them: at position 1000
     the exact ones would turn some channels by a tenth of a radian more or less.
     """
-    rotated = config.head_dim // (2 if config.position_encoding_2d else 1)
+    rotated = config.head_dim // 2
     exponents = torch.arange(0, rotated, 2, dtype=torch.float32) / rotated
     return (1.0 / _BASE**exponents).half().float()
 
@@ -112,6 +112,102 @@ def eager_attention(
     scores = scores.masked_fill(~attention_mask, torch.finfo(torch.float32).min)
     weights = scores.softmax(dim=-1).to(query.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a batch are read: ``padding context [gMASK] <sop> answer``; shape (batch,).
+
+    Attributes:
+        padding: number of padding tokens on the left.
+        context: number of tokens before the first ``<sop>``, without padding. They see each other
+            both ways, and every later token sees them all.
+        mask_position: place of the first [gMASK], or else [MASK], without padding.
+    """
+
+    padding: torch.Tensor
+    context: torch.Tensor
+    mask_position: torch.Tensor
+
+
+def read_layout(
+    tokens: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    bos_token_id: int | None,
+    mask_token_id: int,
+    gmask_token_id: int,
+) -> Layout:
+    """Find context and mask token of each row.
+
+    A row without ``<sop>`` is plain text, read as an answer to an empty context. A row with
+    ``<sop>`` and no mask token is read as if the last token of its context were one.
+
+    Args:
+        tokens: ids, shape (batch, sequence); or embeddings, (batch, sequence, ...): plain text.
+        attention_mask: shape (batch, sequence), 0 at padding; none if None.
+    """
+    zero = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
+    padding = zero if attention_mask is None else _first(attention_mask != 0)
+    if tokens.dim() > 2:
+        return Layout(padding, zero, zero)
+    starts = tokens == (-1 if bos_token_id is None else bos_token_id)
+    gmasks, masks = tokens == gmask_token_id, tokens == mask_token_id
+    has_start, has_gmask, has_mask = (hit.any(dim=1) for hit in (starts, gmasks, masks))
+    context = torch.where(has_start, _first(starts) - padding, 0)
+    mask_position = torch.where(
+        has_gmask,
+        _first(gmasks) - padding,
+        torch.where(has_mask, _first(masks) - padding, (context - 1).clamp(min=0)),
+    )
+    mask_position = torch.where(has_start, mask_position, 0)
+    return Layout(padding, context, mask_position)
+
+
+def positions(layout: Layout, start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return positions and block positions of tokens ``start`` to ``start + length``.
+
+    Both (batch, length). A token of the context has its place as position and 0 as block position;
+    one of the answer has the mask token's position, and block positions from 1 at ``<sop>``.
+    """
+    place = torch.arange(start, start + length, device=layout.padding.device)
+    place = (place[None] - layout.padding[:, None]).clamp(min=0)
+    context, mask_position = layout.context[:, None], layout.mask_position[:, None]
+    in_answer = place >= context
+    return (
+        torch.where(in_answer, mask_position, place),
+        torch.where(in_answer, place - context + 1, 0),
+    )
+
+
+def visible(
+    layout: Layout, start: int, queries: int, keys: int, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Return which keys each query sees, bool of shape (batch, 1, queries, keys).
+
+    A query sees the context of its row, all tokens before it, and itself; nothing sees padding but
+    padding itself, so that no row of the softmax is empty.
+
+    Args:
+        start: place of the first query, padding counted; that of the first key is 0.
+        attention_mask: shape (batch, at most ``keys``), 0 at padding, on either side.
+    """
+    key = torch.arange(keys, device=layout.padding.device)[None, None]
+    query = torch.arange(start, start + queries, device=layout.padding.device)[None, :, None]
+    padding, context = layout.padding[:, None, None], layout.context[:, None, None]
+    seen = (key <= query) | (key < padding + context)
+    seen = seen & (key >= padding)
+    if attention_mask is not None:
+        real = attention_mask.bool()
+        # A cache of fixed size has places that are not filled yet; they come after every query.
+        real = torch.nn.functional.pad(real, (0, keys - real.shape[1]), value=True)
+        seen = seen & real[:, None]
+    return (seen | (key == query))[:, None]
+
+
+def _first(hits: torch.Tensor) -> torch.Tensor:
+    """Return the place of the first True in each row, 0 where there is none."""
+    return hits.long().argmax(dim=1)
 
 
 class ChatGLMAttention(nn.Module):
@@ -228,19 +324,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Run the blocks.
+        """Run the blocks; arguments are those of models of transformers.
 
         Positions and the mask follow from where ``<sop>`` and [gMASK] stand in ``input_ids`` (see
-        ``layout``), which the cache remembers for the tokens that come later. Embeddings without
-        ids are read as plain text.
-
-        Args:
-            input_ids: shape (batch, sequence).
-            attention_mask: shape (batch, past and present sequence), 0 at padding.
-            inputs_embeds: shape (batch, sequence, hidden_size), instead of ``input_ids``.
-            cache: keys and values of earlier tokens; must have been filled by this model. Also
-                taken under its earlier name, ``past_key_values``.
-            use_cache: return a cache.
+        ``Layout``), which the cache remembers for later tokens. Embeddings without ids are read as
+        plain text.
 
         Raises:
             ValueError: neither or both of ids and embeddings, positions from outside, or a cache
@@ -251,10 +339,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if kwargs.pop("position_ids", None) is not None:
-            raise ValueError(
-                "ChatGLM finds positions from the tokens, so position_ids would have no effect; "
-                "leave them out"
-            )
+            raise ValueError("ChatGLM finds positions from the tokens; leave position_ids out")
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         if use_cache and cache is None:
@@ -264,7 +349,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         layout = self._layout(tokens, attention_mask, cache, past)
         length = inputs_embeds.shape[1]
         keys = past + length if cache is None else cache.get_mask_sizes(length, 0)[0]
-        places = positions(layout, past, length, two_dimensional=self.config.position_encoding_2d)
+        places = positions(layout, past, length)
         mask = visible(layout, past, length, keys, attention_mask)
         hidden_states = inputs_embeds
         for layer in self.layers:
@@ -281,10 +366,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if past:
             layout: Layout | None = getattr(cache, "chatglm_layout", None)
             if layout is None or len(layout.padding) != len(tokens):
-                raise ValueError(
-                    f"the cache holds {past} tokens and not how ChatGLM reads these {len(tokens)} "
-                    "rows; use one that this model filled with them"
-                )
+                raise ValueError("the cache is of other rows; use one that this model filled")
             return layout
         layout = read_layout(
             tokens,
@@ -330,15 +412,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Return logits, shape (batch, sequence, vocab_size), and the loss if there are labels.
-
-        Args:
-            labels: token ids, shape (batch, sequence); -100 where there is nothing to predict.
-            logits_to_keep: number of last tokens, or their places, to compute logits for; 0 for
-                all.
-
-        The other arguments are those of ``ChatGLMModel.forward``.
-        """
+        """Return logits, shape (batch, sequence, vocab_size), and the loss if there are labels."""
         outputs = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,9 +1,8 @@
-"""Several runs of streamed models in step, so that a block's weights are read once for all of them.
+"""Runs of streamed models in step, so that a block's weights are read once for all of them.
 
 Every run is a thread of its own, since PyTorch keeps modes, gradients and autocast by thread. One
-goes at a time. Before a block it waits until no other has an earlier block to come to; then its
-weights are read, and all that wait go through it, one after the other. ``docs/how-it-works.md``
-says more.
+goes at a time. Before a block it waits until no other has an earlier block before it; then the
+weights are read, and all that wait run the block in turn.
 """
 
 from __future__ import annotations
@@ -60,14 +59,10 @@ def runs_in_step(model: nn.Module, tokens: int) -> int:
 
 
 def in_step(model: nn.Module, jobs: Sequence[Job[T]], label: str) -> Iterator[Outcome[T]]:
-    """Yield the outcome of each job, which is given a model to run; a full GPU is none.
+    """Yield the outcome of each job, which is given a model to run; a full GPU raises.
 
-    A streamed model runs in step for all of them: each gets a copy, because a model holds its mode,
-    hooks and buffers that a run changes. Any other model runs when the outcome is asked for.
-
-    Args:
-        jobs: in threads of their own, if the model is streamed, which begin with gradients on.
-        label: what the progress bar says.
+    Jobs on a streamed model run in step, each in a thread with a copy, since a run changes the
+    mode, hooks and buffers of its model. Any other model runs when the outcome is asked for.
     """
     if is_model_streamed(model):
         yield from together([Side(model, jobs)], label)
@@ -169,8 +164,7 @@ class _Run(Thread, Generic[T]):
 def together(sides: Sequence[Side[T]], label: str) -> list[Outcome[T]]:
     """Return the outcomes of all jobs, of models whose blocks, less lost ones, are the same."""
     runs: list[_Run[T]] = []
-    # What they put in its place may be put back in any order.
-    with redirect_stdout(sys.stdout):
+    with redirect_stdout(sys.stdout):  # runs that replace it may put it back in any order
         try:
             for side in sides:
                 with side.around():

@@ -1,6 +1,4 @@
-"""The linear modules that read a group's axis, such as ``down_proj`` of FFN channels,
-and the Gram matrices of their inputs.
-"""
+"""Linear modules that read a group's axis, such as ``down_proj``, and Gram matrices of inputs."""
 
 from __future__ import annotations
 
@@ -86,11 +84,9 @@ save more than they cost."""
 
 
 def add_gram_(gram: torch.Tensor, rows: torch.Tensor) -> None:
-    """Add x^T x to ``gram`` from its diagonal on to the right, see `complete_gram_`.
+    """Add x^T x to ``gram``, (features, features), on and above the diagonal.
 
-    Args:
-        gram: shape (features, features).
-        rows: x, shape (tokens, features); of a shorter dtype, products are rounded to it.
+    ``rows`` is x, (tokens, features). `complete_gram_` fills the other half.
     """
     for start, stop in _strips(len(gram)):
         add_product_(gram[start:stop, start:], rows[:, start:stop].T, rows[:, start:])

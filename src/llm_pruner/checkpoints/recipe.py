@@ -13,7 +13,7 @@ from math import inf, isfinite
 from typing import Any, TypeVar
 
 from llm_pruner.errors import UserError
-from llm_pruner.files.ranges import format_ranges
+from llm_pruner.files.ranges import format_ranges, parse_ranges
 from llm_pruner.models.layers import Renaming
 from llm_pruner.types import Edits
 
@@ -21,39 +21,24 @@ FORMAT_VERSION = 1
 
 E = TypeVar("E", bound=Edits)
 
-MOST_LAYERS = 4096
-"""Modules of a list that a recipe can speak of, and entries of a list in a config."""
-
-_KEYS = {
-    "quant_method",
-    "format_version",
-    "shapes",
-    "buffers",
-    "attributes",
-    "layers",
-    "dense_config",
-}
-_MOST = 2**63 - 1
-_MOST_ENTRIES, _MOST_LETTERS, _MOST_POSITIONS = 2**18, 512, 2**20
-_SHAPE = re.compile(r"[0-9]{1,10}(x[0-9]{1,10}){0,7}")
-_DIM = re.compile(r"[0-7]")
-_RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
+_KEYS = {"format_version", "shapes", "buffers", "attributes", "layers", "dense_config"}
+_SHAPE = re.compile(r"[1-9][0-9]{0,9}(x[1-9][0-9]{0,9}){0,7}")
 _WORD = re.compile(r"[A-Za-z0-9_*+-]{0,64}")
 
 
 @dataclass(frozen=True)
 class Recipe(Edits):
-    """Edits in the names of the pruned model, and the dense values of config keys that changed.
+    """Edits in the names of the pruned model, and config values that build the dense one.
 
-    ``dense_config`` has the values that the dense model is built with, by dotted key, such as
-    ``layer_types``; config.json itself holds the pruned ones.
+    ``dense_config`` has them by dotted key, such as ``layer_types``; config.json holds the pruned
+    ones.
     """
 
     dense_config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def to_json(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe as plain JSON values, without ``quant_method``."""
+    """Return the recipe as plain JSON values."""
     return {
         "format_version": FORMAT_VERSION,
         "shapes": {name: "x".join(map(str, shape)) for name, shape in recipe.shapes.items()},
@@ -71,41 +56,42 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
 
 
 def from_json(data: Mapping[str, Any]) -> Recipe:
-    """Read what ``to_json`` wrote; raise UserError for anything else, or another format version.
+    """Read what ``to_json`` wrote; UserError if it is no recipe, or of another format version.
 
-    Anybody may have written the file, so entries, lengths, numbers, shapes and ranges are bounded
-    before anything is made of them. Whether the names are there is for ``quantizer`` to say.
+    Anybody may have written the file, so names, numbers, shapes and ranges are checked here, and
+    in ``apply_recipe`` whether the model has what they name.
     """
     version = data.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise UserError(
             f"config.json holds a pruning recipe of format version {shown(version)}, and this "
             f"llm-pruner reads version {FORMAT_VERSION}; install the version that wrote it"
         )
     try:
-        unknown = data.keys() - _KEYS
-        if unknown:
+        if unknown := data.keys() - _KEYS:
             raise ValueError(f"it has the key {shown(min(unknown, key=str))}, which no recipe has")
-        positions = _Positions()
         return Recipe(
-            shapes={name: _shape(name, text) for name, text in _section(data, "shapes")},
+            shapes={name: _shape(name, text) for name, text in _entries(data, "shapes")},
             buffers={
-                name: {_dim(name, dim): positions.read(name, kept) for dim, kept in _inner(dims)}
-                for name, dims in _section(data, "buffers")
+                name: {
+                    int(dim): _positions(name, kept)
+                    for dim, kept in _entries(data["buffers"], name)
+                }
+                for name, _ in _entries(data, "buffers")
             },
             attributes={
-                name: {path: _attribute(path, value) for path, value in _inner(values)}
-                for name, values in _section(data, "attributes")
+                name: {
+                    path: _attribute(path, value)
+                    for path, value in _entries(data["attributes"], name)
+                }
+                for name, _ in _entries(data, "attributes")
             },
-            layers={
-                name: positions.read(name, kept, MOST_LAYERS)
-                for name, kept in _section(data, "layers")
-            },
+            layers={name: _positions(name, kept) for name, kept in _entries(data, "layers")},
             dense_config={
-                path: _config_value(path, value) for path, value in _section(data, "dense_config")
+                path: _config_value(path, value) for path, value in _entries(data, "dense_config")
             },
         )
-    except ValueError as error:
+    except (ValueError, UserError) as error:
         raise UserError(
             f"the pruning recipe in config.json cannot be read ({error}); "
             "restore the file as llm-pruner wrote it"
@@ -116,59 +102,38 @@ def shown(value: object) -> str:
     """Return what a file says as one short line for a message."""
     if isinstance(value, (dict, list)):
         return f"a {type(value).__name__} of {len(value)}"
-    if type(value) is int and abs(value) > _MOST:
-        return "a number of more than 64 bits"
     text = ascii(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _section(data: Mapping[str, Any], key: str) -> Iterator[tuple[str, Any]]:
-    return _inner(data.get(key, {}), key)
-
-
-def _inner(entries: object, what: str = "an entry") -> Iterator[tuple[str, Any]]:
-    if not isinstance(entries, Mapping) or len(entries) > _MOST_ENTRIES:
-        raise ValueError(f"{what} is no object of at most {_MOST_ENTRIES:,} entries")
-    for name, value in entries.items():
-        if not isinstance(name, str) or len(name) > _MOST_LETTERS:
-            raise ValueError(f"{what} has the name {shown(name)}")
-        if any(part.startswith("__") for part in name.split(".")):
-            raise ValueError(f"{what} names {shown(name)}, which belongs to Python")
+def _entries(data: Mapping[str, Any], key: str) -> Iterator[tuple[str, Any]]:
+    """Yield the (name, value) pairs of one section."""
+    section = data.get(key, {})
+    if not isinstance(section, Mapping):
+        raise ValueError(f"{shown(key)} is no object")
+    for name, value in section.items():
+        if not isinstance(name, str) or any(part.startswith("__") for part in name.split(".")):
+            raise ValueError(f"{shown(key)} names {shown(name)}")
         yield name, value
 
 
 def _shape(name: str, text: object) -> tuple[int, ...]:
     if not isinstance(text, str) or not _SHAPE.fullmatch(text):
         raise ValueError(f"{shown(name)} has the shape {shown(text)}")
-    shape = tuple(int(size) for size in text.split("x"))
-    if min(shape) < 1:
-        raise ValueError(f"{shown(name)} has the shape {shown(text)}, with a size below 1")
-    return shape
-
-
-def _dim(name: str, text: str) -> int:
-    if not _DIM.fullmatch(text):
-        raise ValueError(f"{shown(name)} has the dimension {shown(text)}")
-    return int(text)
+    return tuple(map(int, text.split("x")))
 
 
 def _attribute(path: str, value: object) -> Any:
     """Return a number or a tuple of numbers: all that modules say of their sizes."""
     numbers = value if isinstance(value, list) else [value]
-    if len(numbers) > MOST_LAYERS or not all(map(_is_bounded, numbers)):
+    if not all(map(_is_number, numbers)):
         raise ValueError(f"{shown(path)} is {shown(value)}, which is no number")
     return tuple(numbers) if isinstance(value, list) else value
 
 
 def _config_value(path: str, value: object) -> Any:
     """Return a whole number, or a list with at most an entry a layer."""
-    if (
-        isinstance(value, (list, tuple))
-        and len(value) <= MOST_LAYERS
-        and all(map(_is_entry, value))
-    ):
-        return list(value)
-    if type(value) is int and _is_bounded(value):
+    if type(value) is int or (isinstance(value, list) and all(map(_is_entry, value))):
         return value
     raise ValueError(f"{shown(path)} is {shown(value)}, which is no number and no list of such")
 
@@ -177,45 +142,17 @@ def _is_entry(value: object) -> bool:
     if isinstance(value, str):
         return _WORD.fullmatch(value) is not None
     # Pairs such as (0, inf) have as many entries as a model of two layers has layers.
-    return value is None or type(value) is bool or _is_bounded(value) or value in (inf, -inf)
+    return value is None or type(value) is bool or _is_number(value) or value in (inf, -inf)
 
 
-def _is_bounded(value: object) -> bool:
-    if type(value) is int:
-        return abs(value) <= _MOST
-    return type(value) is float and isfinite(value)
+def _is_number(value: object) -> bool:
+    return type(value) is int or (type(value) is float and isfinite(value))
 
 
-@dataclass
-class _Positions:
-    """Reads positions, so many in all and no more."""
-
-    left: int = _MOST_POSITIONS
-
-    def read(self, name: str, text: object, end: int = _MOST_POSITIONS) -> tuple[int, ...]:
-        if not isinstance(text, str):
-            raise ValueError(f"{shown(name)} has the positions {shown(text)}")
-        found = parse_positions(text, min(self.left, end), end)
-        self.left -= len(found)
-        return found
-
-
-def parse_positions(
-    text: str, most: int = _MOST_POSITIONS, end: int = _MOST_POSITIONS
-) -> tuple[int, ...]:
-    """Return at most ``most`` positions of ``format_ranges``, below ``end``; or ValueError."""
-    positions: list[int] = []
-    for part in filter(None, text.split(",")):
-        match = _RANGE.fullmatch(part)
-        if match is None:
-            raise ValueError(f"{shown(part)} is no position and no range of positions")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first or (positions and first <= positions[-1]):
-            raise ValueError(f"positions {shown(text)} are not ascending")
-        if last >= end or last - first >= most - len(positions):
-            raise ValueError(f"positions {shown(text)} are too many or too large")
-        positions.extend(range(first, last + 1))
-    return tuple(positions)
+def _positions(name: str, text: object) -> tuple[int, ...]:
+    if not isinstance(text, str):
+        raise ValueError(f"{shown(name)} has the positions {shown(text)}")
+    return tuple(map(int, parse_ranges(text)))
 
 
 def compose(first: E, second: Edits) -> E:
