@@ -135,9 +135,8 @@ class Chain:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (input, output) of one block on ``hidden``; the input is a leaf with gradient.
 
-        The model runs from its start, because only it knows the block's other arguments (masks,
-        positions); the blocks before return their input. ``carried`` is what they left beside the
-        hidden state; this one's is added.
+        The model runs from its start, because only it knows the block's other arguments; blocks
+        before return their input. What they left beside it, and this one will, is in ``carried``.
         """
 
         def handler(at: int, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -296,9 +295,7 @@ def find_chain(
     *,
     carries: bool = False,
 ) -> Chain:
-    """Return the model's chain of blocks, proven on the first few tokens.
-
-    The proof is remembered. It is done again where other modules, shapes or scored parameters are.
+    """Return the model's chain of blocks, proven on the first few tokens; or NotBlockwise.
 
     Args:
         model: with no parameter that requires a gradient.
@@ -306,9 +303,6 @@ def find_chain(
         scored: the parameters whose gradients will be asked for.
         carries: whether blocks may leave more than a hidden state for later ones, without its
             gradient; then ``run_block`` needs ``carried``.
-
-    Raises:
-        NotBlockwise: the model is no such chain.
     """
     for seen, proof in sorted(_PROOFS.get(model, {}).items()):
         if seen <= carries and (known := proof.chain(model, scored)) is not None:

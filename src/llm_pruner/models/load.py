@@ -102,11 +102,7 @@ def load(
     reads_tokenizer: bool | None = None,
     **options: Any,
 ) -> LoadedModel:
-    """Return the model that the settings name; see ``load_model`` for options and errors.
-
-    Args:
-        tokenizer: of the model, if it was read before.
-    """
+    """Return the model that the settings name; see ``load_model``. ``tokenizer``: if known."""
     loaded = load_model(
         model.model,
         reads_tokenizer=reads_tokenizer if tokenizer is None else False,
@@ -209,10 +205,7 @@ def load_tokenizer(model: ModelSettings) -> PreTrainedTokenizerBase:
 
 
 def check(model: ModelSettings, *, packed: bool = False) -> Any:
-    """Raise what ``load`` would before it reads weights, for models that are loaded late in a run.
-
-    Returns the config; None for a ``.gguf`` file, where reading it takes seconds.
-    """
+    """Return the config, None for ``.gguf``; raise what ``load`` would before it reads weights."""
     return _checked(model, packed)[1]
 
 

@@ -53,13 +53,7 @@ Changes: TypeAlias = tuple[tuple[int, torch.Tensor, bool], ...]
 
 
 class Joined(torch.Tensor):
-    """A tensor of which only the parts are there; operations on it join them first.
-
-    Attributes:
-        parts: tensors, some of which may be ``Joined`` as well.
-        axis: along which they follow each other.
-        stacked: whether the axis is new, as of ``torch.stack``; else as of ``torch.cat``.
-    """
+    """The ``torch.cat``, or if ``stacked`` the ``torch.stack``, of parts; operations join them."""
 
     parts: tuple[torch.Tensor, ...]
     axis: int
@@ -174,24 +168,16 @@ class _JoinLate(TorchFunctionMode):
 
 @contextmanager
 def join_late(mapped: Callable[[], Ranges]) -> Iterator[None]:
-    """Inside, what is stacked or concatenated of mapped weights alone becomes ``Joined``.
-
-    ``mapped`` returns the addresses of mapped files.
-    """
+    """Inside, stacks of tensors at addresses that ``mapped`` returns become ``Joined``."""
     with _JoinLate(mapped):
         yield
 
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """Where a weight's values come from.
+    """Where a weight's values come from: ``stored``, which is a view of files if ``mapped``.
 
-    Attributes:
-        stored: as it lies in the file, or joined of what lies there.
-        dtype, device: of computation.
-        mapped: whether ``stored`` is a view of files that nobody writes to.
-        tied: whether several modules use it.
-        changes: see ``Changes``.
+    ``dtype`` and ``device`` are those of computation; several modules use it if ``tied``.
     """
 
     stored: torch.Tensor
@@ -284,11 +270,7 @@ def filed(values: torch.Tensor) -> tuple[torch.Tensor, bool]:
 
 
 def wider_values(model: nn.Module, folder: Path, there: torch.dtype) -> dict[int, torch.Tensor]:
-    """Return id of a parameter -> its values, where its file has them in a wider type.
-
-    A model to be streamed is loaded in ``there``, the type of most of its files, since a weight
-    that is cast is no view of them; weights of a wider type are rounded to it.
-    """
+    """Return id of a parameter -> its values, where loading rounded them to the type ``there``."""
     own = model.state_dict(keep_vars=True)
     found: dict[int, torch.Tensor] = {}
     for tensor in stored_tensors(folder):

@@ -37,7 +37,6 @@ class ModelSource:
         folder: what ``from_pretrained`` is given: a folder or a hub id.
         name: as ``LoadedModel.name``.
         shared: what config, weights and tokenizer are loaded with.
-        has_tokenizer: false where it is known that there is none.
     """
 
     folder: str

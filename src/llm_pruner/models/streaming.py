@@ -9,7 +9,7 @@ those of the embedding and the head. ``docs/how-it-works.md`` says more.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
@@ -41,13 +41,11 @@ _SOURCES: Any = WeakIdKeyDictionary()
 _ROOMS: Any = WeakIdKeyDictionary()
 _held: Any = WeakIdKeyDictionary()
 
-before_turn: ContextVar[Callable[[nn.Module, int], None] | None]
-before_turn = ContextVar("before_turn", default=None)
-"""What a thread does before a block's weights are read; it is given the block and its number."""
+before_turn: ContextVar[Any] = ContextVar("before_turn", default=None)
+"""What a thread calls with a block and its number before the block's weights are read."""
 
-new_weights_in: ContextVar[torch.dtype | None]
-new_weights_in = ContextVar("new_weights_in", default=None)
-"""The type in which weights are kept that take the place of others; by default that of those."""
+new_weights_in: ContextVar[Any] = ContextVar("new_weights_in", default=None)
+"""The type in which new weights are kept; by default that of the weights they replace."""
 
 
 def is_streamed(tensor: torch.Tensor) -> bool:
@@ -180,10 +178,8 @@ def stream_(
 def _ends(model: Any, uses: Mapping[int, int], widened: torch.dtype | None) -> Iterator[nn.Module]:
     """Yield the embedding and the head, where nothing else uses their weights.
 
-    Args:
-        uses: id of a parameter -> how many modules hold it.
-        widened: type of computation, if rows can be read where the file is mapped, as on the CPU.
-            The embedding stays in memory else, and where that type is narrower than its own.
+    ``uses`` counts the modules that hold a parameter, by id. The embedding stays in memory unless
+    its rows can be read from the mapped file and ``widened`` to the type of computation.
     """
     table, head = input_embedding(model), getattr(model, "get_output_embeddings", lambda: None)()
     found: list[nn.Module] = [head] if isinstance(head, nn.Linear) else []
@@ -213,11 +209,7 @@ def _set_apart_(model: nn.Module) -> dict[int, torch.Tensor]:
 
 
 def _wide(model: nn.Module, dtype: torch.dtype) -> set[int]:
-    """Return the ids of the tensors that stay in float32 where a model is of ``dtype``.
-
-    transformers says so of some; others are parameters that were loaded in it where most were not,
-    and buffers that no file holds.
-    """
+    """Return the ids of the tensors that stay in float32 where a model is of ``dtype``."""
     saved, named = model.state_dict(keep_vars=True), names_in_float32(model, dtype)
     found = {id(saved[name]) for name in named}
     if torch.promote_types(dtype, torch.float32) == torch.float32:
@@ -232,10 +224,9 @@ def _wide(model: nn.Module, dtype: torch.dtype) -> set[int]:
 
 
 def ends_of(model: nn.Module) -> list[nn.Module]:
-    """Return the modules outside the blocks whose weights are read for each call.
+    """Return the embedding and head that are read for each call, heads first.
 
-    A gradient passes them while their ``turn`` is held. Heads come first, since they need a tied
-    weight in the type of computation.
+    A gradient passes them while their ``turn`` is held.
     """
     found = (one for one in model.modules() if getattr(one.forward, "func", None) is _end_in_turn)
     return sorted(found, key=lambda one: isinstance(one, nn.Embedding))

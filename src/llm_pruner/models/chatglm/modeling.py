@@ -69,10 +69,9 @@ class ChatGLMRotaryEmbedding(nn.Module):
 
 
 def inverse_frequencies(config: ChatGLMConfig) -> torch.Tensor:
-    """Return base^(-2 i / d) for i < d / 2, float32, where d channels share a kind of position.
+    """Return base^(-2 i / d) for i < d / 2, d being half a head, rounded to half precision.
 
-    They are rounded to half precision, in which the published model holds them: at position 1000
-    the exact ones would turn some channels by a tenth of a radian more or less.
+    So the published model has them; exact ones differ by a tenth of a radian at position 1000.
     """
     rotated = config.head_dim // 2
     exponents = torch.arange(0, rotated, 2, dtype=torch.float32) / rotated
@@ -80,12 +79,9 @@ def inverse_frequencies(config: ChatGLMConfig) -> torch.Tensor:
 
 
 def rotate(states: torch.Tensor, rotations: Rotations) -> torch.Tensor:
-    """Rotate the channels of each head, as many parts of them as there are kinds of positions.
+    """Rotate the two halves of each head, (batch, heads, sequence, channels), by two positions.
 
-    In a part of d channels, channel i and channel i + d / 2 form a pair.
-
-    Args:
-        states: shape (batch, heads, sequence, channels).
+    In a half of d channels, channel i and channel i + d / 2 form a pair.
     """
     parts = []
     for part, (cos, sin) in zip(states.chunk(len(rotations), dim=-1), rotations, strict=True):
@@ -103,11 +99,7 @@ def eager_attention(
     scaling: float,
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out; returns (batch, sequence, heads, channels) and the weights.
-
-    The published code divides the scores of block l by l + 1 and multiplies them again before the
-    softmax, to keep them inside half precision; here they are float32, which does the same.
-    """
+    """Return (batch, sequence, heads, channels) and the weights, with scores in float32."""
     scores = (query.float() * scaling) @ key.float().transpose(-2, -1)
     scores = scores.masked_fill(~attention_mask, torch.finfo(torch.float32).min)
     weights = scores.softmax(dim=-1).to(query.dtype)
@@ -138,14 +130,10 @@ def read_layout(
     mask_token_id: int,
     gmask_token_id: int,
 ) -> Layout:
-    """Find context and mask token of each row.
+    """Find context and mask token of each row of ids, (batch, sequence), or of embeddings.
 
-    A row without ``<sop>`` is plain text, read as an answer to an empty context. A row with
-    ``<sop>`` and no mask token is read as if the last token of its context were one.
-
-    Args:
-        tokens: ids, shape (batch, sequence); or embeddings, (batch, sequence, ...): plain text.
-        attention_mask: shape (batch, sequence), 0 at padding; none if None.
+    A row without ``<sop>``, or of embeddings, is plain text: an answer to an empty context. In a
+    row with ``<sop>`` and no mask token the last token of the context stands for it.
     """
     zero = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
     padding = zero if attention_mask is None else _first(attention_mask != 0)
@@ -186,11 +174,7 @@ def visible(
     """Return which keys each query sees, bool of shape (batch, 1, queries, keys).
 
     A query sees the context of its row, all tokens before it, and itself; nothing sees padding but
-    padding itself, so that no row of the softmax is empty.
-
-    Args:
-        start: place of the first query, padding counted; that of the first key is 0.
-        attention_mask: shape (batch, at most ``keys``), 0 at padding, on either side.
+    padding itself, so that no row of the softmax is empty. The first query stands at ``start``.
     """
     key = torch.arange(keys, device=layout.padding.device)[None, None]
     query = torch.arange(start, start + queries, device=layout.padding.device)[None, :, None]
