@@ -10,7 +10,7 @@ import pytest
 
 from command import contents, direct, save_tiny, write_text
 from helpers import tiny_model
-from llm_pruner.commands import compress_start, publish
+from llm_pruner.commands import publish
 from llm_pruner.errors import UserError
 from llm_pruner.files import outputs
 from llm_pruner.models import load as sources
@@ -149,14 +149,6 @@ def test_a_disk_that_is_too_full(
     result = direct(*command.split())
     assert result.code == 2
     assert result.err.startswith(f"llm-pruner: o needs about {bytes_ / 1e6:,.1f} MB for weights")
-
-
-def test_a_memory_that_recovery_does_not_fit_into(
-    early: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compress_start, "free_bytes", lambda _: 100_000)
-    said = direct("compress", "m", "--out", "o", "--calibration", "t.txt").err
-    assert "where 0.0 GB of memory are free, and recovery has it there whole" in said
 
 
 def test_what_is_known_of_a_size_without_reading_weights(place: Path, tmp_path: Path) -> None:
