@@ -103,7 +103,7 @@ def test_layers_that_differ_are_saved_as_they_came(work: Path, made: Path) -> No
     assert lines[0].startswith("small: 4 steps, ")
     assert any(line.startswith("rows.jsonl held out, 3 samples ") for line in lines)
     assert any(line.startswith("demo text windows of 512 11,242 ") for line in lines)
-    assert "loads with from_pretrained, as before, with trust_remote_code=True" in lines
+    assert "loads with from_pretrained and trust_remote_code=True" in lines
     assert [line.split(",")[0] for line in shown.err.splitlines()] == [
         "step 2 of 4: loss " + shown.err.split("loss ")[1].split(",")[0],
         "step 4 of 4: loss " + shown.err.split("loss ")[2].split(",")[0],

@@ -26,14 +26,12 @@ from llm_pruner.cli.output import (
     warn,
 )
 from llm_pruner.cli.recover import Narrator, show_control
-from llm_pruner.files.disk import expanded
 from llm_pruner.report.text import clean, count, measured, megabytes
 from llm_pruner.runtime.memory import BOTH, keep_kernels
 from llm_pruner.settings.compress import CompressSettings
 
 if TYPE_CHECKING:
     from llm_pruner.evaluation.perplexity import PerplexityResult
-    from llm_pruner.evaluation.speed import Speed
     from llm_pruner.report.records import Compressed, Measured, Weighed
 
 EXAMPLES = """\b
@@ -42,8 +40,8 @@ Examples:
   llm-pruner compress ./llama --out small --ratio 0.3 --data alpaca.jsonl
   llm-pruner compress ./llama --out small --calibration c4 \\
       --perplexity wikitext2 --tasks paper
-  llm-pruner compress qwen --out small --params 1.42B --vocab-size 49152 \\
-      --vocab-text c4 --vocab-text code
+  llm-pruner compress qwen --out small --params 1.42B \\
+      --vocab-text c4 --vocab-text code --set vocab_size=49152
 """
 
 
@@ -75,47 +73,24 @@ def run(
     hand_over(done, json, show, partial(upload, settings))
 
 
-_DEMO = Path("demo-out")
-_DEMO_PRESET = "balanced"
-_DEMO_SAMPLES = 160
-"""Texts for training: those that importance is estimated on, and a quarter as many more. The amount
-is fixed, so that a demo can be repeated."""
-
-
 def demo(
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.")
-    ] = _DEMO,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite",
-            help="Replace --out, if llm-pruner wrote all in it; an earlier demo-out always is.",
-        ),
-    ] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Throw an interrupted demo away.")
-    ] = False,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of all that is drawn.")] = 0,
+    ] = Path("demo-out"),
     json: Json = None,
 ) -> None:
     """Compress the embedded model by 20%: prune, recover, compare.
 
-    An interrupted demo goes on when it is started again.
+    An interrupted demo goes on; the result of an earlier one is replaced.
     """
-    check_json(json, out=expanded(out))
-    # The folder that the demo chooses by itself, it may replace by itself: but only a checkpoint
-    # that was pruned, nothing else that a user may have called by this name.
-    earlier = out == _DEMO and (out / "plan.json").is_file()
+    check_json(json, out)
     settings = CompressSettings(
         model="default",
         out=out,
-        overwrite=overwrite or earlier,
-        restart=restart,
+        overwrite=(out / "plan.json").is_file(),
         ratio=0.2,
-        preset=_DEMO_PRESET,
-        samples=_DEMO_SAMPLES,
-        seed=seed,
+        preset="balanced",
+        samples=160,  # a fixed amount of text, so that a demo can be repeated
     )
     if json == "-":
         run(settings, json)
@@ -183,14 +158,7 @@ def _perplexity(found: PerplexityResult) -> str:
 
 
 def _speeds(found: list[Weighed], what: str) -> list[str]:
-    """Return what is shown of each speed: nothing of one that is not measured as the first was."""
-    speeds = [one.speed for one in found]
-    first = next(map(_where, filter(None, speeds)), None)
-    return [f"{getattr(one, what):.1f}" if one and _where(one) == first else "-" for one in speeds]
-
-
-def _where(speed: Speed) -> tuple[str | None, str | None, int | None]:
-    return speed.dtype, speed.device, speed.threads
+    return [f"{getattr(one.speed, what):.1f}" if one.speed else "-" for one in found]
 
 
 def _bits(found: PerplexityResult) -> str:
@@ -198,15 +166,13 @@ def _bits(found: PerplexityResult) -> str:
 
 
 def _tasks(found: list[Weighed]) -> list[tuple[str, ...]]:
-    """Return a row for the chosen metric of each task."""
-    rows = []
+    """Return a row for the metric that the paper reports, or the first one, of each task."""
     shown = [
-        {one.task: one for one in each.zero_shot.tasks} if each.zero_shot is not None else {}
-        for each in found
+        {} if one.zero_shot is None else {task.task: task for task in one.zero_shot.tasks}
+        for one in found
     ]
-    for task, first in shown[0].items():
-        metric = first.paper_metric or next(iter(first.metrics), None)
-        if metric is not None:
-            values = (each[task].metrics[metric].value for each in shown)
-            rows.append((f"{task}, {metric}", *(f"{value:.4f}" for value in values)))
-    return rows
+    metrics = {task: one.paper_metric or next(iter(one.metrics)) for task, one in shown[0].items()}
+    return [
+        (f"{task}, {metric}", *(f"{one[task].metrics[metric].value:.4f}" for one in shown))
+        for task, metric in metrics.items()
+    ]

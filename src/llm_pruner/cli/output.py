@@ -84,6 +84,11 @@ class Screen(Console):
         if report is not None:
             self.print(f"report: {clean(str(report))}", soft_wrap=True)
 
+    def loads(self, needs: Sequence[str]) -> None:
+        """Say how a folder is loaded."""
+        and_ = "".join(f" and {need}" for need in needs)
+        self.print(f"loads with from_pretrained{and_}")
+
 
 def check_json(file: str | None, reads: Iterable[Source] = (), out: Path | None = None) -> None:
     """Raise UserError if results cannot be written to ``file``; see ``outputs.check_file``."""

@@ -14,8 +14,7 @@ from llm_pruner.settings.prune import PruneSettings
 
 if TYPE_CHECKING:
     from llm_pruner.commands.forecast import Forecast
-    from llm_pruner.report.records import Pruned, Training
-    from llm_pruner.search.fast_widths import Rounding
+    from llm_pruner.report.records import Pruned
     from llm_pruner.types import Layer
 
 EXAMPLES = """\b
@@ -70,90 +69,49 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
 
 
+def show(done: Pruned) -> None:
+    """Print what was done."""
+    out = Screen()
+    _show_widths(out, done.layers)
+    sizes = [item for row in done.layers if row.layer is None for item in row.sizes.items()]
+    across = [f"{kept:,} of {dense:,} {name}" for name, (kept, dense) in sizes if kept != dense]
+    if across:
+        out.print(f"kept across layers: {', '.join(across)}")
+    out.model(done.model, done.parameters_before, done.parameters_after)
+    if done.round_to is not None and done.round_to > 1:
+        speeds = {} if done.rounding is None else done.rounding.throughput
+        each = ", ".join(f"{multiple} {100 * of:.0f}%" for multiple, of in speeds.items())
+        why = f" (speed of each here: {each})" if each else ""
+        out.print(f"channels kept in multiples of {done.round_to}{why}")
+    if done.trials:
+        taken = next((trial.split for trial in done.trials if trial.taken), {})
+        split = ", ".join(f"{name} {100 * share:g}%" for name, share in sorted(taken.items()))
+        out.print(f"split found by {len(done.trials)} trial removals: {split}")
+    if done.refitted:
+        fitted = sum(one.changed for one in done.refitted)
+        out.print(f"least squares refitted {fitted} of {len(done.refitted)} consumers")
+    if done.repair is not None:
+        out.print(
+            f"repaired in {done.repair.best_step} steps: divergence from the dense model on "
+            f"held-out text {done.repair.before:.4f} -> {done.repair.after:.4f}"
+            if done.repair.gained
+            else "repair was no gain on held-out text; the weights are as they were"
+        )
+    if done.saved_as is None:
+        out.print(f"plan written to {clean(str(done.path))}; nothing was pruned", soft_wrap=True)
+        return
+    out.print(_verified(done))
+    out.places(done.path, done.report, done.bytes)
+    out.loads(done.needs)
+    out.print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in done.seconds.items()))
+
+
 def _verified(done: Pruned) -> str:
     if done.twin_difference is None:
         return "not compared with its masked twin"
     text = f"equal to its masked twin: largest difference {done.twin_difference:.1e} on "
     text += ", ".join(done.twin_scenes)
     return text + (f"; not run: {', '.join(done.twin_skipped)}" if done.twin_skipped else "")
-
-
-def show(done: Pruned) -> None:
-    """Print what was done."""
-    out = Screen()
-    _show_widths(out, done.layers)
-    if across := _across(done):
-        out.print(f"Kept across layers: {across}")
-    out.model(done.model, done.parameters_before, done.parameters_after)
-    if done.rounding is not None:
-        out.print(_rounded(done.rounding))
-    elif done.round_to is not None and done.round_to > 1:
-        out.print(f"channels kept in multiples of {done.round_to}")
-    if done.saved_as is not None:
-        out.print(_verified(done))
-    if done.trials:
-        out.print(f"split found by {len(done.trials)} trial removals: {_shares(done)}")
-    if done.refitted:
-        fitted = sum(one.changed for one in done.refitted)
-        if fitted:
-            out.print(f"least squares refitted {fitted} of {len(done.refitted)} consumers")
-        else:
-            out.print("compensation was no gain on held-out text; the weights are as they were")
-    if done.repair is not None:
-        out.print(_repaired(done.repair))
-    if done.saved_as is None:
-        out.print(f"plan written to {clean(str(done.path))}; nothing was pruned", soft_wrap=True)
-        return
-    out.places(done.path, done.report, done.bytes)
-    out.print(f"loads with from_pretrained{_loading(done)}")
-    out.print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in done.seconds.items()))
-
-
-def _repaired(repair: Training) -> str:
-    if not repair.gained:
-        return "repair was no gain on held-out text; the weights are as they were"
-    return (
-        f"repaired in {repair.best_step} steps: divergence from the dense model on held-out text "
-        f"{repair.before:.4f} -> {repair.after:.4f}"
-    )
-
-
-def _shares(done: Pruned) -> str:
-    taken = next((trial.split for trial in done.trials if trial.taken), {})
-    return ", ".join(f"{name} {100 * share:g}%" for name, share in sorted(taken.items()))
-
-
-def _loading(done: Pruned) -> str:
-    """Return what ``from_pretrained`` needs to load the folder, and why."""
-    if done.saved_as == "remote_code":
-        installed = "where llm-pruner is installed, a model of transformers needs none"
-        return f" and trust_remote_code=True; {installed}"
-    said = ""
-    if "trust_remote_code=True" in done.needs:
-        said += " and trust_remote_code=True"
-    if "import llm_pruner" in done.needs:
-        why = (
-            "transformers does not have the model"
-            if done.saved_as == "stock"
-            else "sizes differ from what a plain config can say"
-        )
-        said += f" after 'import llm_pruner' ({why})"
-    return said or " anywhere"
-
-
-def _rounded(rounding: Rounding) -> str:
-    if not rounding.throughput:
-        return "channels are not rounded: no multiple is fine enough for this model"
-    speeds = ", ".join(f"{m} {100 * share:.0f}%" for m, share in rounding.throughput.items())
-    return f"channels kept in multiples of {rounding.multiple} (speed of each here: {speeds})"
-
-
-def _across(done: Pruned) -> str:
-    """Return what is kept of groups that span all layers, where something was removed."""
-    sizes = [size for row in done.layers if row.layer is None for size in row.sizes.items()]
-    return ", ".join(
-        f"{kept:,} of {dense:,} {name}" for name, (kept, dense) in sizes if kept != dense
-    )
 
 
 def _show_widths(out: Screen, rows: Sequence[Layer]) -> None:

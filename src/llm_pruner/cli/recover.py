@@ -119,8 +119,7 @@ def show(done: Recovered) -> None:
     if done.gained and done.best_step != done.steps:
         out.print(f"the weights of step {done.best_step} were the best and are kept")
     out.places(done.path, done.report, done.bytes)
-    if done.needs:
-        out.print(f"loads with from_pretrained, as before, with {' and '.join(done.needs)}")
+    out.loads(done.needs)
 
 
 def show_control(out: Screen, control: Control | None) -> None:

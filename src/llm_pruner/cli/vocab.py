@@ -42,5 +42,5 @@ def show(done: Trimmed) -> None:
     )
     out.print(f"logits of the tokens that stay: largest difference {done.difference:.1e}")
     out.places(done.path, None, done.bytes)
-    needs = f" with {' and '.join(done.needs)}" if done.needs else ""
-    out.print(f"loads with from_pretrained{needs}; adapters of the old tokens do not fit it")
+    out.loads(done.needs)
+    out.print("adapters of the dense model do not fit it")
