@@ -5,6 +5,8 @@ Every message says what was given, what follows and what to change, in one line.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib.util import find_spec
 from types import UnionType
 from typing import Any
 
@@ -73,3 +75,15 @@ def require_kind(
     """
     if not isinstance(value, kind):
         raise UserError(f"{what} is of type {type(value).__name__}; give {instead}")
+
+
+def check_installed(who: str, packages: Sequence[str], instead: str = "") -> None:
+    """Raise UserError unless one of these packages is installed, or none is needed.
+
+    ``who`` needs it, or does ``instead``.
+    """
+    if packages and not any(map(find_spec, packages)):
+        raise UserError(
+            f"{who} needs the package {packages[0]}, which is not installed; run 'pip install "
+            f"{packages[0]}'{instead}"
+        )

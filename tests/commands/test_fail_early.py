@@ -10,12 +10,12 @@ import pytest
 
 from command import contents, direct, save_tiny, write_text
 from helpers import tiny_model
+from llm_pruner import errors
 from llm_pruner.commands import publish
 from llm_pruner.errors import UserError
 from llm_pruner.files import outputs
 from llm_pruner.models import load as sources
 from llm_pruner.models.checkpoint_files import stored_size
-from llm_pruner.settings import limits
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.settings.recover import TrainingSettings
 
@@ -50,7 +50,7 @@ def early(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.chdir(place)
     monkeypatch.setattr(sources, "_load_model", load)
-    monkeypatch.setattr(limits, "find_spec", lambda _: None)  # packages may be installed here
+    monkeypatch.setattr(errors, "find_spec", lambda _: None)  # packages may be installed here
     monkeypatch.setattr(publish, "get_token", lambda: None)
     return place
 

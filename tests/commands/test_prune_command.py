@@ -318,9 +318,9 @@ def test_removed_layers_and_what_spans_all_layers_are_printed(work: Path, tiny: 
     assert "layer ffn" in rows
     assert f"{gone} removed" in rows or all(f"{layer} removed" in rows for layer in gone.split(","))
     assert "5 40 of 80" in rows
-    assert "Kept across layers: 24 of 48 hidden, 4 of 6 layers" in rows
+    assert "kept across layers: 24 of 48 hidden, 4 of 6 layers" in rows
     shown = done("prune", tiny, "--out", "plan", *options, "--structures", "hidden").out
-    assert shown.startswith("Kept across layers: 24 of 48 hidden\n")
+    assert shown.startswith("kept across layers: 24 of 48 hidden\n")
 
 
 def test_pruned_models_can_be_pruned_and_evaluated_again(work: Path, tiny: Path) -> None:

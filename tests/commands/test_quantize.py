@@ -22,7 +22,6 @@ from llm_pruner.models.load import check, load_model
 from llm_pruner.report.data import read_report
 from llm_pruner.report.records import Measured
 from llm_pruner.settings import compress as settings
-from llm_pruner.settings import limits
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.evaluate import EvaluateSettings
 
@@ -91,7 +90,7 @@ def test_packed_weights_are_run_and_never_pruned(
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": method, "quant_type": {"default": {}}}
     (folder / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(limits, "find_spec", lambda _: None)
+    monkeypatch.setattr(errors, "find_spec", lambda _: None)
     said = f"{folder} is packed by {method}, and needs the package {package}, which is not "
     said += f"installed; run 'pip install {package}'"
     for command in (

@@ -294,7 +294,7 @@ def test_the_command_is_for_a_shell_and_tells_no_name(monkeypatch: pytest.Monkey
     ]
     monkeypatch.setattr("sys.argv", ["/usr/bin/llm-pruner", *given])
     assert command_line() == (
-        "llm-pruner prune ~/'my model' --out ~/x ~ --plan ~ /home/annabel/y 'a b' --z=1 "
+        "llm-pruner prune ~/'my model' '--out=~/x' '~' '--plan=~/' /home/annabel/y 'a b' --z=1 "
         "'c4:0.6,~/code.jsonl:0.4' 'logging_dir=~/x'"
     )
 

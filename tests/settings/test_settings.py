@@ -152,16 +152,6 @@ def test_what_is_cleared_stays_so_whatever_a_preset_says(tmp_path: Path) -> None
     assert PruneSettings(**words, model="m", out="o").compensation == "none"
 
 
-def test_what_a_preset_says_may_do_nothing_and_what_was_given_may_not() -> None:
-    asked: dict[str, Any] = {"model": "m", "out": "o"}
-    others: tuple[Any, ...] = ({"criterion": "l2"}, {"scope": "global", "spread": 3.0})
-    for other in others:
-        PruneSettings(**asked, ratio=0.2, preset="paper", **other).check()
-    PruneSettings(**asked, ratio=0.2, uniform=True).check()
-    with pytest.raises(UserError, match=r"--spread 3 .* does nothing with --unit-ratio; change"):
-        PruneSettings(**asked, unit_ratio=0.2, scope="global", spread=3.0).check()
-
-
 @pytest.mark.slow
 def test_python_and_the_command_line_give_the_same_plan(place: Path) -> None:
     model = llm_pruner.load("dense")
@@ -270,10 +260,9 @@ def test_what_is_said_later_wins(tmp_path: Path) -> None:
     few = tmp_path / "few.yaml"
     few.write_text("score_samples: 8\n")
     for line, said in (
-        ("preset: 5", "--preset 5 is no name; use balanced, best"),
-        ("memory: 8", "--memory 8 is bytes, and too few for any weight"),
-        (f"samples: 1e3\npreset: {few}", "--samples 1e3: input should be a valid integer"),
-        ("layers: {ffn: [-3, -1]}", "--layers .* begins below 0 or runs backwards"),
+        ("preset: 5", "no preset '5'; known are balanced, best"),
+        (f"samples: 1e3\npreset: {few}", "--samples 1e3 should be a valid integer; correct it"),
+        ("layers: {ffn: [-3, -1]}", "--layers -3 should be greater than or equal to 0"),
     ):
         file.write_text(f"model: m\nout: o\nratio: 0.2\n{line}\n")
         with pytest.raises(UserError, match=said):
@@ -288,7 +277,7 @@ def test_what_is_said_later_wins(tmp_path: Path) -> None:
         file.write_text(f"{preset}method: {method}\n")
         assert TrainingSettings(preset=str(file)).learning_rate == trained.learning_rate
     file.write_text("model: m\nout: o\ndata: [{text: a.txt}]\n")
-    with pytest.raises(UserError, match=r"--data .*: input should be a valid string; correct it"):
+    with pytest.raises(UserError, match=r"--data .* should be a valid string; correct it"):
         RecoverSettings.read({}, file)
     file.write_text("ration: 1\n")
     with pytest.raises(UserError, match="ration is no setting; did you mean ratio"):
@@ -304,7 +293,7 @@ def test_what_is_said_later_wins(tmp_path: Path) -> None:
         (("compress", "--recipe", "best"), "--recipe went: write --preset best"),
         (("prune", "--set", "spred=2"), "--set spred=2: spred is no setting; did you mean spread?"),
         (("prune", "--set", "spread"), "--set spread has no value; write KEY=VALUE"),
-        (("prune", "--set", "steps=many"), "--steps many: input should be a valid integer"),
+        (("prune", "--set", "steps=many"), "steps many should be a valid integer; correct it"),
     ],
 )
 def test_earlier_options_and_slips_say_what_to_write(args: tuple[str, ...], said: str) -> None:
@@ -324,7 +313,7 @@ def test_any_field_can_be_set() -> None:
     assert (found.protect_first, found.layer_trials, found.verify) == (1, True, False)
     assert (found.text_field, found.layers, found.structures) == ("1", {"ffn": (2, 5)}, ("ffn",))
     listed = direct("prune", "--set", "help").out
-    assert "\n  spread            With --scope global" in listed
+    assert "\n  spread            With scope global" in listed
     assert "--ratio" not in listed
 
 

@@ -12,8 +12,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from contextlib import suppress
-from errno import ENAMETOOLONG
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -32,11 +31,11 @@ from llm_pruner.cli import (
     vocab,
 )
 from llm_pruner.cli.build import GroupedCommand, add
-from llm_pruner.cli.output import fail, one_line, say_in_one_line
+from llm_pruner.cli.output import fail, one_line
 from llm_pruner.errors import Interrupted, LLMPrunerError, PlanError, UserError
 from llm_pruner.files.disk import placed
 from llm_pruner.runtime.memory import keep_large_blocks
-from llm_pruner.runtime.signals import INTERRUPTED, deaf_at_the_end, ended_alike, exit_code, heard
+from llm_pruner.runtime.signals import INTERRUPTED, deaf_at_the_end, ended_alike, exit_code
 from llm_pruner.settings.chat import ChatSettings
 from llm_pruner.settings.compress import CompressSettings
 from llm_pruner.settings.curve import CurveSettings
@@ -46,9 +45,6 @@ from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.settings.recover import RecoverSettings
 from llm_pruner.settings.vocab import VocabSettings
 from llm_pruner.version import __version__
-
-_NUMBER = re.compile(r"^\[Errno \d+\] ")
-"""What an error of the system begins with."""
 
 app = typer.Typer(
     name="llm-pruner",
@@ -103,9 +99,8 @@ def main() -> None:
 
 def _run() -> None:
     placed.clear()
-    with suppress(AttributeError):  # of something else in its place
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    say_in_one_line()
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     keep_large_blocks()
     # Tokenizers would warn about every process that is started after they were used.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -113,47 +108,28 @@ def _run() -> None:
         # DDP notes in each process that no weight was left out; read when PyTorch is imported.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        _call()
+        app()
     except PlanError as error:
-        problems = [one_line(problem) for problem in error.problems]
-        first = str(error).splitlines()[0]
-        head, *more = problems if len(problems) == 1 else [first, *problems]
-        fail("\n  - ".join([head, *more]), 2)
-    except UserError as error:
-        fail(one_line(str(error)), 2)
+        head, *more = str(error).split("\n")
+        fail("\n".join([one_line(head), *more]), 2)
     except Interrupted as error:
         fail(one_line(str(error)), exit_code())
     except LLMPrunerError as error:
-        fail(one_line(str(error)), 1)
+        fail(one_line(str(error)), 2 if isinstance(error, UserError) else 1)
     except OSError as error:
-        if error.errno == ENAMETOOLONG:
-            fail(f"the name {str(error.filename)[:20]}... is too long; give a shorter one", 2)
-        if isinstance(error, PermissionError) and error.filename:
-            fail(one_line(f"{error.filename} may not be read or written; change its rights"), 2)
-        said = _NUMBER.sub("", str(error))
-        fail(one_line(f"{said}; free space or give another place, then run again"), 1)
+        fail(one_line(re.sub(r"^\[Errno \d+\] ", "", str(error))), 1)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # PyTorch is not imported to ask
             raise
         fail(
-            "the memory of the GPU is full; free some, or use what the command has of --memory, "
-            "--dtype bfloat16, --trainer gradient_checkpointing=true, a smaller --batch-size or "
-            "--seq-len, --device cpu",
+            "the memory of the GPU is full; free some, or use --memory, --dtype bfloat16, "
+            "--device cpu, a smaller --batch-size, --trainer gradient_checkpointing=true, or "
+            "--set seq_len=N with a smaller N",
             1,
         )
     except SystemExit as stopped:
         if stopped.code == INTERRUPTED:
             fail(_interrupted(), exit_code())
-        raise
-
-
-def _call() -> None:
-    try:
-        app()
-    except Exception as error:
-        if heard() and not isinstance(error, Interrupted):
-            # Such as an import that was broken off, and was tried again without end.
-            raise KeyboardInterrupt from error
         raise
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import types
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import fill
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic import BeforeValidator
@@ -16,36 +15,22 @@ from typer.core import TyperCommand
 
 from llm_pruner.cli.output import check_json
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import expanded
-from llm_pruner.settings.common import OUTPUT, once, pairs
-from llm_pruner.settings.options import Option, Settings, option_name, option_of
+from llm_pruner.settings.common import once, pairs
+from llm_pruner.settings.options import Option, Settings, kinds_of, option_name, option_of
 
 _S = TypeVar("_S", bound=Settings)
 _PLAIN = (bool, int, float, Path)
 """Types that the command line reads itself; all else comes as text, which the settings read."""
 
-_STDOUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
-"""Names that systems have for standard output; they mean it, too."""
-
-
-def _json(panel: str | None = None) -> Any:
-    return typer.Option(
+Json = Annotated[
+    str | None,
+    typer.Option(
         "--json",
         metavar="FILE",
         help="Write the results for scripts; - for stdout.",
-        rich_help_panel=panel,
         show_default=False,
-        callback=_file_of_json,
-    )
-
-
-def _file_of_json(file: str | None) -> str | None:
-    if file in _STDOUT:
-        return "-"
-    return str(expanded(file)) if file and file[0] == "~" else file
-
-
-Json = Annotated[str | None, _json()]
+    ),
+]
 """The option that every command has."""
 
 
@@ -108,9 +93,7 @@ def add(
             return
         given = {field: value for field, value in values.items() if value not in (None, [])}
         settings = kind.read({**given, **kind.from_texts(texts)}, config)
-        out = None if getattr(settings, "dry_run", False) else getattr(settings, "out", None)
-        reads = [config, *settings.reads, None if out else getattr(settings, "out", None)]
-        check_json(json, reads, out or getattr(settings, "report", None))
+        check_json(json, getattr(settings, "out", getattr(settings, "report", None)))
         run(settings, json)
 
     command.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
@@ -141,9 +124,9 @@ def _list_settings(kind: type[Settings]) -> None:
 
 def _options(kind: type[Settings]) -> dict[str, Option]:
     """Return how the fields are shown, in the order of the help."""
-    found = kind.shown()
+    found, own = kind.shown(), inspect.get_annotations(kind)
     order = {panel: number for number, panel in enumerate(kind.panels)}
-    names = sorted(found, key=lambda name: order.get(str(found[name].panel), -1))
+    names = sorted(found, key=lambda name: (order.get(str(found[name].panel), -1), name not in own))
     return {name: found[name] for name in names}
 
 
@@ -168,39 +151,34 @@ def _parameters(kind: type[Settings]) -> list[tuple[str, Any]]:
             show_default=False,
         )
         parameters.append((name, Annotated[shape | None, how]))
-    panel = OUTPUT if "out" in kind.model_fields else None
     config = typer.Option(
         "--config",
         metavar="FILE",
         help="YAML file with options and settings; those beside it win.",
-        rich_help_panel=panel,
         show_default=False,
     )
     texts = typer.Option(
         "--set",
         metavar="KEY=VALUE",
         help="Set what has no option of its own; --set help lists it. May be given several times.",
-        rich_help_panel=panel,
         show_default=False,
     )
     return [
         *parameters,
         ("config", Annotated[Path | None, config]),
-        ("json", Annotated[str | None, _json(panel)]),
+        ("json", Json),
         ("set", Annotated[list[str] | None, texts]),
     ]
 
 
 def _shape(field: FieldInfo) -> Any:
     """Return the type in which the command line takes a field."""
-    union = get_origin(field.annotation) in (Union, types.UnionType)
-    kinds = list(get_args(field.annotation)) if union else [field.annotation]
-    kinds = [one for one in kinds if one is not type(None)]
-    kind, *how = get_args(kinds[0]) if get_origin(kinds[0]) is Annotated else (kinds[0],)
-    readers = [one.func for one in (*field.metadata, *how) if isinstance(one, BeforeValidator)]
-    if once in readers or pairs in readers:
+    found, readers = kinds_of(field)
+    kinds = [kind for kind in found if kind is not type(None)]
+    functions = [one.func for one in readers if isinstance(one, BeforeValidator)]
+    if once in functions or pairs in functions:
         return list[str]
-    return kind if len(kinds) == 1 and kind in _PLAIN and not readers else str
+    return kinds[0] if len(kinds) == 1 and kinds[0] in _PLAIN and not functions else str
 
 
 def _words(name: str, field: FieldInfo, option: Option, preset: dict[str, Any]) -> str:

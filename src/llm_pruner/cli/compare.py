@@ -54,7 +54,7 @@ def command(
     """Put several pruned models side by side."""
     html = None if html is None else expanded(html)
     reads = [*folders, *(folder.partition("=")[2] for folder in folders)]
-    check_json(json, (*reads, html))
+    check_json(json)
     if markdown and json == "-":
         raise UserError("--markdown and --json - both write to stdout; give --json a file")
     if html is not None:

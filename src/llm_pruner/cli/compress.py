@@ -87,7 +87,8 @@ def demo(
     settings = CompressSettings(
         model="default",
         out=out,
-        overwrite=(out / "plan.json").is_file(),
+        # Its own folder it may replace, but nothing else that a user gave this name.
+        overwrite=out == Path("demo-out") and (out / "plan.json").is_file(),
         ratio=0.2,
         preset="balanced",
         samples=160,  # a fixed amount of text, so that a demo can be repeated

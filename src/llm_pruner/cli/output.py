@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import codecs
 import json
-import logging
 import os
-import re
 import shlex
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -21,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llm_pruner.errors import Interrupted, UserError
-from llm_pruner.files.disk import placed
-from llm_pruner.files.outputs import Source, check_file, write_output
-from llm_pruner.report.text import at_home, clean, count, home_pattern, megabytes
+from llm_pruner.errors import Interrupted
+from llm_pruner.files.disk import expanded, placed
+from llm_pruner.files.outputs import check_file, write_output
+from llm_pruner.report.text import at_home, clean, count, megabytes
 from llm_pruner.runtime.signals import INTERRUPTED, TERMINATED
 from llm_pruner.settings.common import OutputSettings
 
@@ -90,12 +86,10 @@ class Screen(Console):
         self.print(f"loads with from_pretrained{and_}")
 
 
-def check_json(file: str | None, reads: Iterable[Source] = (), out: Path | None = None) -> None:
-    """Raise UserError if results cannot be written to ``file``; see ``outputs.check_file``."""
-    if file == "":
-        raise UserError("--json is empty; name the file to write, or - for stdout")
-    if file not in (None, "-"):
-        check_file("--json", Path(file), "results", reads, out)
+def check_json(file: str | None, out: Path | None = None) -> None:
+    """Raise UserError if results cannot be written to ``file``, beside what goes to ``out``."""
+    if file is not None and file != "-":
+        check_file("--json", expanded(file), out=out)
 
 
 def write_json(record: Any, file: str | None) -> None:
@@ -104,14 +98,12 @@ def write_json(record: Any, file: str | None) -> None:
         return
     from llm_pruner.report.records import as_json
 
-    values = as_json(record, inf_nan_mode="null")
-    plain = file == "-" and codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8"
-    text = json.dumps(values, indent=2, ensure_ascii=plain) + "\n"
+    text = json.dumps(as_json(record, inf_nan_mode="null"), indent=2, ensure_ascii=file == "-")
     if file == "-":
-        sys.stdout.write(text)
+        print(text)
     else:
-        write_output(Path(file), text)
-        placed.append(Path(file))
+        write_output(expanded(file), text + "\n")
+        placed.append(expanded(file))
 
 
 def hand_over(
@@ -150,24 +142,14 @@ def upload(settings: OutputSettings) -> str | None:
 
 
 def command_line() -> str:
-    """Return the command that runs now, as a shell reads it.
+    """Return the command that runs now, as a shell reads it, with ``~`` for the home folder.
 
-    The home folder is written as ``~``: reports are published, and the name of a user's account is
-    nobody's business.
+    Reports are published, and the name of a user's account is private.
     """
-    home = re.compile(rf"{home_pattern()}(?:[\\/]|\Z)")
-    words = ["llm-pruner"]
-    for argument in sys.argv[1:]:
-        option, sign, value = argument.partition("=")
-        if sign and option.startswith("--") and home.match(value):
-            words.append(option)  # a shell reads ~ at the beginning of a word only
-            argument = value
-        if found := home.match(argument):
-            rest = argument[found.end() :]
-            words.append(f"~/{shlex.quote(rest)}" if rest else "~")
-        else:
-            words.append(shlex.quote(at_home(argument)))
-    return " ".join(words)
+    words = [at_home(word) for word in sys.argv[1:]]
+    # A shell reads ~ only without quotes, and at the beginning of a word.
+    quoted = [f"~/{shlex.quote(w[2:])}" if w[:2] == "~/" else shlex.quote(w) for w in words]
+    return " ".join(["llm-pruner", *quoted])
 
 
 def speaks() -> bool:
@@ -205,31 +187,6 @@ def telling_how_to_go_on(kind: Kind, out: Path, *, restart: bool) -> Iterator[No
         raise Interrupted(f"interrupted; {how} goes on from here") from None
 
 
-class _OneLine(logging.Formatter):
-    """What a logger says, as a terminal may see it."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return clean(one_line(super().format(record)))
-
-
-def say_in_one_line() -> None:
-    """Have what loggers without a handler say, and what Python warns of, in a clean line each."""
-    if logging.lastResort is not None:
-        logging.lastResort.setFormatter(_OneLine())
-    warnings.formatwarning = _warning
-
-
-def _warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    line: str | None = None,
-) -> str:
-    del line  # of the code that warns
-    return clean(one_line(f"{filename}:{lineno}: {category.__name__}: {message}")) + "\n"
-
-
 def warn(message: str) -> None:
     """Print a warning to standard error and go on."""
     print(f"llm-pruner: warning: {clean(one_line(message))}", file=sys.stderr)
@@ -237,13 +194,9 @@ def warn(message: str) -> None:
 
 def fail(message: str, code: int) -> NoReturn:
     """Print a message to standard error and exit; of several processes, the first one speaks."""
-    gone = suppress(OSError, AttributeError)  # nobody reads, or there is no such stream
-    with gone:
-        sys.stdout.flush()
-    if not speaks():
-        if code in (INTERRUPTED, TERMINATED):
-            sys.exit(code)
+    sys.stdout.flush()
+    if speaks():
+        print(f"llm-pruner: {clean(message)}", file=sys.stderr)
+    elif code not in (INTERRUPTED, TERMINATED):
         time.sleep(_PATIENCE)  # the launcher ends this process when the first one has failed, too
-    with gone:
-        sys.stderr.write(f"llm-pruner: {clean(message)}\n")  # at once: other processes write, too
     sys.exit(code)

@@ -16,10 +16,9 @@ import torch
 from transformers import AutoConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from llm_pruner.errors import UserError, in_short
+from llm_pruner.errors import UserError, check_installed, in_short
 from llm_pruner.models import checkpoint_files as on_disk
 from llm_pruner.models.gguf_file import complete_from_gguf_
-from llm_pruner.settings.limits import check_installed
 from llm_pruner.settings.options import near
 
 TOKENIZERS = (

@@ -12,7 +12,6 @@ import numpy as np
 
 from llm_pruner.errors import UserError, require_kind
 from llm_pruner.planning.numbering import Numbering
-from llm_pruner.settings.limits import MOST, check_number
 from llm_pruner.settings.words import STRUCTURES, known_structure
 from llm_pruner.types import Discovery, Group, IntArray, bound_to
 
@@ -148,7 +147,6 @@ class Selection:
         for name, multiple in (("round_to", self.round_to), ("heads_to", self.heads_to)):
             if multiple < 1:
                 raise UserError(f"{name}={multiple} is not a multiple to round to; use 1 or more")
-            check_number(name, multiple, 1, 2**20)
         for name in self.layer_ranges:
             if name not in self.structures:
                 raise UserError(
@@ -172,7 +170,6 @@ class Selection:
             raise UserError(
                 f"spread={self.spread} cannot reach the target; use 1 (all alike) or more"
             )
-        check_number("spread", self.spread, 1, MOST)
         if self.split is not None:
             self._check_split(self.split)
 

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import BeforeValidator
 
-from llm_pruner.errors import UserError
 from llm_pruner.runtime.memory import free_bytes, on_gpu
-from llm_pruner.settings.limits import MOST, must, within
-from llm_pruner.settings.options import Settings, option, option_name, written
+from llm_pruner.settings.options import Settings, option, written
 from llm_pruner.settings.words import LOCAL_TASKS, parse_bytes
 
 LOADING, OUTPUT, CALIBRATION = "Loading", "Output", "Calibration text"
@@ -27,7 +25,7 @@ _loading, _output, _text, _task = (
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(","))
+    return tuple(filter(None, (part.strip() for part in text.split(","))))
 
 
 def once(value: Any) -> Any:
@@ -70,7 +68,8 @@ def pairs(value: Any) -> Any:
 Pairs = Annotated[dict[str, Any], BeforeValidator(pairs)]
 """Named values; an option that may be given several times, as NAME=VALUE."""
 
-Names = Annotated[tuple[str, ...], written(lambda text: tuple(filter(None, _names(text))))]
+by_comma = written(_names)
+Names = Annotated[tuple[str, ...], by_comma]
 """Names, comma-separated in one option."""
 
 
@@ -78,23 +77,15 @@ class ModelSettings(Settings):
     """Which model, and how it is loaded."""
 
     model: str = option(
-        ...,
-        "Hub id, local folder, .gguf file, or 'default' for the embedded SmolLM2-135M.",
-        "MODEL",
-        positional=True,
-        reads=True,
+        ..., "Hub id, folder, .gguf file, or 'default' for SmolLM2-135M.", "MODEL", positional=True
     )
-    dtype: str = _loading(
-        "float32", "float32, bfloat16, float16, or auto for what the checkpoint has.", "TYPE"
-    )
-    device: str = _loading(
-        "auto", "Where to run: cpu, cuda, or auto for a GPU if there is one.", "NAME"
-    )
-    revision: str | None = _loading(None, "Branch, tag or commit on the hub.", "NAME", hidden=True)
+    dtype: str = _loading("float32", "float32, bfloat16, float16, or auto: as stored.", "TYPE")
+    device: str = _loading("auto", "cpu, cuda, or auto: a GPU if there is one.", "NAME")
+    revision: str | None = _loading(None, "Branch, tag or commit on the hub.", hidden=True)
     trust_remote_code: bool = _loading(False, "Run Python code that comes with the model.")
 
     def loading(self, model: str | Path | None = None, dtype: str | None = None) -> ModelSettings:
-        """Return how a model is loaded: this one, or another one alike, such as a teacher."""
+        """Return how this model, or another one such as a teacher, is loaded."""
         return ModelSettings(
             model=self.model if model is None else str(model),
             revision=self.revision if model is None else None,
@@ -104,30 +95,21 @@ class ModelSettings(Settings):
         )
 
     def computing(self, model: str | Path | None = None) -> ModelSettings:
-        """Return the same for computing: what is saved as it was stored is loaded in float32."""
+        """Return the same for computing: a model that is saved as stored computes in float32."""
         return self.loading(model, "float32" if self.dtype == "auto" else self.dtype)
 
 
-Room = Annotated[
-    int | str,
-    written(parse_bytes, "auto"),
-    must(
-        lambda room: isinstance(room, str) or room >= 1000,
-        "{option} {value} is bytes, and too few for any weight; write such as 8GB, or auto",
-    ),
-]
-
+Room = Annotated[int | str, written(parse_bytes, "auto")]
 
 room_for_weights = partial(
     _loading,
     "auto",
-    "Room for the weights, such as 8GB; where they need more, they are read block by block.",
+    "Memory for the weights, such as 8GB; larger models are read block by block.",
     "SIZE",
 )
 
-
 SHARE_RESIDENT = 4
-"""One part in so many of the default room is for weights that stay in memory on a processor."""
+"""On a processor, weights stay in memory where they fit into one part in so many of the room."""
 
 
 class MemorySettings(Settings):
@@ -140,8 +122,10 @@ class MemorySettings(Settings):
         return free_bytes(device) * 2 // 5 if isinstance(self.memory, str) else self.memory
 
     def resident(self, room: int, device: str) -> int:
-        """Return the bytes of ``room`` up to which weights stay in memory, by default few on a
-        processor: reading them by blocks takes a fraction of the memory, and no longer.
+        """Return the bytes of ``room`` up to which weights stay in memory.
+
+        By default few on a processor: reading by blocks takes a fraction of the memory, and no
+        longer.
         """
         by_choice = isinstance(self.memory, str) and not on_gpu(device)
         return room // SHARE_RESIDENT if by_choice else room
@@ -157,13 +141,9 @@ class FolderSettings(Settings):
 class OutputSettings(FolderSettings):
     """The folder of a model that is written."""
 
-    max_shard_size: str = _output("5GB", "Largest weight file.", "SIZE", hidden=True)
-    push_to_hub: str | None = _output(
-        None, "Upload the folder, when it is complete, to this repository of the hub.", "REPO"
-    )
-    private: bool = _output(
-        False, "Let nobody else see a repository that is made for it.", hidden=True
-    )
+    max_shard_size: str = _output("5GB", "Largest weight file.", hidden=True)
+    push_to_hub: str | None = _output(None, "Upload the result to this hub repository.", "REPO")
+    private: bool = _output(False, "Make a new hub repository a private one.", hidden=True)
 
 
 class SavedSettings(ModelSettings):
@@ -171,8 +151,7 @@ class SavedSettings(ModelSettings):
 
     dtype: str = _loading(
         "auto",
-        "Of the saved weights: auto for what the checkpoint has, computed in float32; or float32, "
-        "bfloat16 or float16, computed in it.",
+        "Of the saved weights: auto (as stored; computed in float32), float32, bfloat16, float16.",
         "TYPE",
     )
 
@@ -181,49 +160,30 @@ class WriterSettings(SavedSettings, OutputSettings):
     """A model that is read, and the folder that is made of it."""
 
 
-def _least(words: str, least: int = 1) -> AfterValidator:
-    return must(lambda n: n >= least, f"{{name}}={{value}} {words}; use at least {least}")
-
-
 class CalibrationSettings(Settings):
     """Text that importance is estimated on, and that compensation fits."""
 
     calibration: str = _text(
         "self",
-        "self (the model writes its own text), chat (it writes questions and answers), a hub "
-        "dataset, or a .txt, .jsonl, .json or .parquet file; several, comma-separated, for equal "
-        "parts, or for such as c4:0.6,code:0.4.",
+        "self (the model writes text), chat (it writes questions and answers), a hub dataset, or a "
+        ".txt, .jsonl, .json or .parquet file; several: c4,code or c4:0.6,code:0.4.",
         "SRC",
-        reads=True,
     )
-    samples: Annotated[int, _least("calibrates on nothing"), within(1, MOST, "{name}")] = _text(
-        128, "Number of sequences.", "N"
+    samples: int = _text(128, "Number of sequences.", "N", ge=1)
+    seq_len: int = _text(128, "Tokens in each.", ge=2, hidden=True)
+    score_samples: int | None = _text(
+        None, "Estimate importance on only this many of the samples.", ge=1, hidden=True
     )
-    seq_len: Annotated[int, _least("predicts no token", 2), within(2, 2**24, "{name}")] = _text(
-        128,
-        "Tokens of each.",
-        "N",
-        hidden=True,
-    )
-    score_samples: Annotated[int, _least("estimates on nothing")] | None = _text(
-        None,
-        "Estimate importance on only this many of them.",
-        "N",
-        hidden=True,
-    )
-    text_split: str | None = _text(None, "Split of a hub dataset.", "NAME", hidden=True)
-    text_field: str | None = _text(None, "Field that holds the text.", "NAME", hidden=True)
+    text_split: str | None = _text(None, "Split of a hub dataset.", hidden=True)
+    text_field: str | None = _text(None, "Field that holds the text.", hidden=True)
     kept: Path | None = option(
         None, "Folder that keeps the text of self, for other stages of a run.", hidden=True
     )
 
 
 def _tasks(value: Any) -> Any:
-    names = _names(value) if isinstance(value, str) else value
+    names = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
     return LOCAL_TASKS if names in (("paper",), ["paper"]) else names
-
-
-_SOME = must(lambda limit: limit >= 1, "{name}={value} leaves no documents; use 1 or more")
 
 
 class TaskSettings(Settings):
@@ -231,27 +191,15 @@ class TaskSettings(Settings):
 
     tasks: Annotated[tuple[str, ...], BeforeValidator(_tasks)] | None = _task(
         None,
-        "Tasks of lm-evaluation-harness, such as boolq,piqa; 'paper' for the seven of LLM-Pruner: "
-        "boolq, piqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa.",
+        "Tasks of lm-evaluation-harness, such as boolq,piqa; paper: the seven of LLM-Pruner.",
         "NAMES",
     )
     tasks_data: Path | None = _task(
         None,
         "Folder with boolq.jsonl and so on, to run the seven without a network.",
-        "DIR",
-        shown="the datasets on the hub",
-        reads=True,
         hidden=True,
+        shown="the datasets on the hub",
     )
-    limit: Annotated[int, _SOME, within(1, MOST)] | None = _task(
-        None, "Only the first N items of each task, or problems or prompts.", "N", shown="all"
+    limit: int | None = _task(
+        None, "Only the first N items of each task, skill or prompt file.", "N", ge=1, shown="all"
     )
-
-    def check_tasks(self, *, limited: bool = False) -> None:
-        """Raise UserError for words about tasks where none are named, nor else ``limited``."""
-        for name in ("tasks_data",) if limited else ("tasks_data", "limit"):
-            given = getattr(self, name)
-            if given is not None and self.tasks is None:
-                raise UserError(
-                    f"{option_name(name)} {given} is about tasks; add --tasks NAMES or leave it out"
-                )

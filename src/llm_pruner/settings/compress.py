@@ -6,24 +6,15 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from llm_pruner.errors import UserError
+from llm_pruner.errors import UserError, check_installed
 from llm_pruner.settings.common import LOADING, OUTPUT, TASKS, Sources, TaskSettings, WriterSettings
-from llm_pruner.settings.limits import MOST, MOST_MINUTES, Seed, check_installed, must, within
-from llm_pruner.settings.options import option, option_name, written
+from llm_pruner.settings.options import option, written
 from llm_pruner.settings.prune import AMOUNTS, HOW, HOW_MUCH, AmountSettings, PruneSettings
-from llm_pruner.settings.recover import QUANTIZERS, ExampleCount, TrainingSettings
+from llm_pruner.settings.recover import QUANTIZERS, TrainingSettings
 from llm_pruner.settings.vocab import VocabSettings
-from llm_pruner.settings.words import parse_duration
+from llm_pruner.settings.words import Seed, parse_duration
 
 _TOKENS, _MEASURE = "Fewer tokens first", "What to measure"
-_TORCHAO = "0.16"
-"""The first whose int8 weights are saved as safetensors."""
-
-_BUDGET = must(
-    lambda seconds: seconds is None or 0 < seconds <= 60 * MOST_MINUTES,
-    "{option} {value} is no number of seconds up to a year; write such as 90s, 30m or 2h",
-)
-
 _how, _tokens = partial(option, panel=HOW), partial(option, panel=_TOKENS)
 
 
@@ -34,80 +25,55 @@ class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
     gone: ClassVar = {"recipe": "write --preset {value}"}
     panels: ClassVar = (HOW_MUCH, _TOKENS, HOW, _MEASURE, TASKS, OUTPUT, LOADING)
 
-    restart: bool = option(
-        False,
-        "Throw an interrupted run away, which the same command would go on with.",
-        panel=OUTPUT,
-        hidden=True,
-    )
+    restart: bool = option(False, "Throw an interrupted run away.", panel=OUTPUT, hidden=True)
     vocab_text: Sources = _tokens(
         (),
-        "Before pruning, take out the tokens that this text does not need, as vocab does; the rest "
-        "of the size is pruned. May be given several times.",
+        "Before pruning, take out the tokens that this text does not need; may be given several "
+        "times. --set vocab_size=N keeps N of them.",
         "SRC",
-        shown="all tokens stay",
-        reads=True,
     )
-    vocab_size: Annotated[int, within(1, MOST)] | None = _tokens(
-        None,
-        "Tokens that stay.",
-        "N",
-        shown="those that the text has",
-        hidden=True,
+    vocab_size: int | None = _tokens(
+        None, "Tokens that stay.", hidden=True, ge=1, shown="those that the text has"
     )
     ratio: float | None = option(
         None,
-        "Share of all parameters to remove, such as 0.2.",
+        "Share of all parameters to remove.",
         "SHARE",
         panel=HOW_MUCH,
-        shown="0.2, where neither --params nor a preset says how much",
+        shown="0.2, or what the preset says",
     )
-    preset: str = _how(
-        "best",
-        "How to prune: paper, fast, balanced, best, or a YAML file.",
-        "NAME",
-        reads=True,
-    )
-    time_budget: Annotated[float | None, written(parse_duration), _BUDGET] = _how(
+    preset: str = _how("best", "How to prune: paper, fast, balanced, best, or a YAML file.", "NAME")
+    time_budget: Annotated[float | None, written(parse_duration)] = _how(
         None,
-        "For everything, such as 30m or 2h; what pruning and measuring leave goes to recovery.",
+        "Time for everything, such as 30m or 2h; recovery gets what is left.",
         "TIME",
-        shown="one pass over the data, or over 256 texts of self",
+        shown="no limit; one pass over the data",
+        gt=0,
     )
     calibration: str | None = _how(
-        None,
-        "Text to estimate importance on, as for prune.",
-        "SRC",
-        shown="self, the model's own",
-        reads=True,
+        None, "Text to estimate importance on, as for prune.", "SRC", shown="self"
     )
     data: Sources = _how(
         ("self",),
-        "Text to recover on, as for recover; MODEL is the teacher. May be given several times.",
+        "Text to recover on, with MODEL as the teacher; may be given several times.",
         "SRC",
         shown="self, what MODEL writes",
-        reads=True,
     )
     recover: bool = _how(True, "Train after pruning.", hidden=True)
     control: bool = _how(
-        False,
-        "Train MODEL as well, with the same text, steps and rate, and show what is left of the "
-        "damage beside it.",
-        hidden=True,
+        False, "Train MODEL in the same way as well, and show the damage beside it.", hidden=True
     )
     quantize: Literal["none", "int8"] = _how(
-        "none", "At the end, pack the weights of linear layers in int8, by torchao.", "TYPE"
+        "none", "Pack the linear layers in int8 at the end, by torchao.", "TYPE"
     )
-    seed: Seed = _how(0, "Of all that is drawn.", "N", hidden=True)
+    seed: Seed = _how(0, "Of all that is drawn.", hidden=True)
     perplexity: Sources = option(
         ("demo",),
-        "Corpus to measure perplexity on, as for evaluate. May be given several times.",
+        "Text to measure perplexity on, as for evaluate; may be given several times.",
         "SRC",
         panel=_MEASURE,
-        shown="demo, a text that the package ships",
-        reads=True,
     )
-    samples: ExampleCount | None = _how(None, "Examples of each source, at most.", "N", hidden=True)
+    samples: int | None = _how(None, "Examples of each source, at most.", hidden=True, ge=2)
     training: dict[str, Any] = option(
         {}, "Other settings of training, by the names of recover.", hidden=True
     )
@@ -127,23 +93,10 @@ class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
         return {**preset, **(amount or {"ratio": 0.2})}
 
     def check(self) -> None:
-        """Raise UserError for what contradicts itself."""
+        """Raise UserError for two amounts, or a package that is missing."""
         if self.ratio is not None and self.params is not None:
             raise UserError("--ratio and --params say different things; give one of them")
-        if self.vocab_size is not None and not self.vocab_text:
-            raise UserError(
-                f"--vocab-size {self.vocab_size} does not say which tokens stay; name a text that "
-                "has them with --vocab-text, or leave it out"
-            )
-        self.check_tasks()
-        asked = f"--quantize {self.quantize}"
-        packages = QUANTIZERS[self.quantize]
-        check_installed(asked, packages, ", or leave --quantize out", least=_TORCHAO)
-        for name in ("data", "time_budget", "control"):
-            if not self.recover and name in self.given and getattr(self, name):
-                raise UserError(
-                    f"{option_name(name)} is about recovery; leave it or --no-recover out"
-                )
+        check_installed(f"--quantize {self.quantize}", QUANTIZERS[self.quantize])
 
     def fewer_tokens(self, out: Path) -> VocabSettings:
         """Return how tokens are taken out before pruning."""

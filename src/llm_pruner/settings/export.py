@@ -17,12 +17,9 @@ class ExportSettings(ModelSettings):
         "f16", "Of the weights: f32, f16, bf16, q8_0, or q4_k_m by llama.cpp.", "NAME"
     )
     like: Path | None = option(
-        None,
-        "Take the tokenizer from this file of the same format; for one that cannot be told.",
-        "FILE",
-        reads=True,
+        None, "A .gguf file of the same model, to take the tokenizer from.", "FILE"
     )
     out: Path = option(..., "File to write.", "FILE", short="-o", panel=OUTPUT)
-    overwrite: bool = option(False, "Replace --out, if it is such a file.", panel=OUTPUT)
+    overwrite: bool = option(False, "Replace --out, if it is a file of this format.", panel=OUTPUT)
     dtype: str = option("auto", "As it is stored.", hidden=True)
-    device: str = option("cpu", "Where nothing is computed.", hidden=True)
+    device: str = option("cpu", "Nothing is computed.", hidden=True)

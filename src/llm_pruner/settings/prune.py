@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import NonNegativeInt
 
 from llm_pruner.errors import UserError
 from llm_pruner.settings.common import (
@@ -21,10 +22,9 @@ from llm_pruner.settings.common import (
     WriterSettings,
     room_for_weights,
 )
-from llm_pruner.settings.limits import MOST_MINUTES, Seed, must, within
 from llm_pruner.settings.options import Settings, option, option_name, presets_in, written
 from llm_pruner.settings.registry import COMPENSATIONS, CRITERIA
-from llm_pruner.settings.words import parse_count, parse_layer_ranges, parse_split
+from llm_pruner.settings.words import Seed, parse_count, parse_layer_ranges, parse_split
 
 HOW_MUCH, HOW, WHERE = "How much (one of these)", "How", "Where from"
 IMPORTANCE, PLAN = "Importance", "Plan"
@@ -39,17 +39,6 @@ AMOUNTS = ("ratio", "params", "unit_ratio", "kv_cache")
 
 READ_BY = {"order": ("taylor",), "reduction": ("taylor",), "aggregate": ("taylor", "l1", "l2")}
 """Fields -> criteria that they are about."""
-
-
-_Ranges = Annotated[
-    dict[str, tuple[int, int]],
-    written(parse_layer_ranges),
-    must(
-        lambda of: all(0 <= first <= last for first, last in of.values()),
-        "{option} {value} holds a range that begins below 0 or runs backwards; write such as "
-        "heads=4-26",
-    ),
-]
 
 PURPOSES = {"blocks": 32, "gguf": 256, "gptq": 128, "marlin": 64}
 """What is to run the model -> the multiple that it wants."""
@@ -88,114 +77,85 @@ class MethodSettings(CalibrationSettings):
     gone: ClassVar = {"recipe": "write --preset {value}"}
 
     preset: str | None = _how(
-        None,
-        "Settings that go together: paper, fast, balanced, best, or a YAML file; options given "
-        "beside it win.",
-        "NAME",
-        reads=True,
+        None, "paper, fast, balanced, best, or a YAML file; other options win over it.", "NAME"
     )
     structures: Names = _where(
-        ("heads", "ffn"),
-        "What to remove: heads, query_heads, ffn, hidden, head_dim, experts, layers.",
-        "LIST",
+        ("heads", "ffn"), "heads, query_heads, ffn, hidden, head_dim, experts, layers.", "LIST"
     )
     scope: Literal["local", "global"] = _where(
         "local",
         "local: the same share of each group; global: one ranking by importance per removed "
         "parameter.",
-        "NAME",
         hidden=True,
     )
     split: Annotated[
         Literal["auto", "equal"] | dict[str, float], written(parse_split, "auto", "equal")
     ] = _where(
         "auto",
-        "Of the removed parameters by structure, such as heads=0.1,ffn=0.9; auto: found by trial "
+        "Shares of the removed parameters, such as heads=0.1,ffn=0.9; auto: found by trial "
         "removals where the criterion reads text; equal: the same share of each structure.",
-        "SHARES",
         hidden=True,
     )
     spread: float | None = _where(
         None,
-        "With --scope global, let no layer lose more than this times the average share.",
-        "FACTOR",
+        "With scope global: no layer loses more than this times the average share.",
         hidden=True,
     )
     layer_trials: bool | None = _where(
         None,
-        "With --scope global, find by trials what each layer loses: each goes alone without a few "
-        "shares of its units, and the damage is measured.",
-        shown="in the preset best",
+        "With scope global: find by trial removals how much each layer loses.",
         hidden=True,
+        shown="in the preset best",
     )
     uniform: bool = _where(
-        False,
-        "Keep the same number of units in all layers, so that the result usually loads without "
-        "this package.",
+        False, "Keep equal sizes in all layers, so that most programs load the result."
     )
     protect_first: int | Literal["auto"] = _where(
-        "auto",
-        "Layers to keep whole at the start; auto: a quarter, at most 4.",
-        "N",
-        hidden=True,
+        "auto", "Layers to keep whole at the start; auto: a quarter, at most 4.", hidden=True
     )
     protect_last: int | Literal["auto"] = _where(
-        "auto",
-        "Layers to keep whole at the end; auto: a fifth, at most 3.",
-        "N",
-        hidden=True,
+        "auto", "Layers to keep whole at the end; auto: a fifth, at most 3.", hidden=True
     )
-    layers: _Ranges | None = _where(
-        None,
-        "Layers to prune by structure, such as heads=4-26,ffn=2-28; replaces the protection.",
-        "RANGES",
-    )
+    layers: (
+        Annotated[dict[str, tuple[NonNegativeInt, NonNegativeInt]], written(parse_layer_ranges)]
+        | None
+    ) = _where(None, "Layers to prune, such as heads=4-26,ffn=2-28.", "RANGES")
     round_to: Annotated[int | str, written(_multiple)] = _where(
         1,
-        "Keep a multiple of this many channels; auto: the smallest that this machine multiplies at "
-        "full speed; blocks: 32 where that is a small step; gguf, gptq, marlin: as these want it; "
-        "tp4: heads and channels that 4 devices share.",
+        "Keep a multiple of this many channels: a number; auto: what is fast on this machine; "
+        "blocks: 32; gguf, gptq, marlin: what these need; tp4: for 4 devices.",
         "N",
     )
     criterion: str = _importance("taylor", f"{', '.join(CRITERIA)}.", "NAME", known=CRITERIA)
     order: str = _importance("first", "Of taylor: first, second or mixed.", "NAME")
-    reduction: str = _importance("element", "Of taylor: element or vector.", "NAME", hidden=True)
+    reduction: str = _importance("element", "Of taylor: element or vector.", hidden=True)
     aggregate: str = _importance(
-        "sum",
-        "Over the members of a group: sum, prod, max or last.",
-        "NAME",
-        hidden=True,
+        "sum", "Over the members of a group: sum, prod, max or last.", hidden=True
     )
-    steps: Annotated[int, within(1, 1000, "{name}")] = _importance(
-        1,
-        "Prune in steps, estimating anew before each.",
-        "N",
-        hidden=True,
+    steps: int = _importance(
+        1, "Prune in steps, estimating anew before each.", hidden=True, ge=1, le=1000
     )
     compensation: str = _importance(
         "none",
-        "least-squares: refit what reads the removed units, on the calibration text; or none.",
+        "least-squares: refit the layers that read what is removed; or none.",
         "NAME",
         known=COMPENSATIONS,
     )
-    refit_text: Annotated[float, within(1, 100)] = _importance(
+    refit_text: float = _importance(
         1.0,
-        "Refit on so many times as much text as importance is estimated on: further samples of the "
-        "same files and datasets, as far as they go.",
-        "TIMES",
-        shown="1; 3 for balanced and best",
+        "Refit on so many times as much text as importance is estimated on.",
         hidden=True,
+        ge=1,
+        le=100,
+        shown="1; 3 for balanced and best",
     )
-    repair_minutes: Annotated[float, within(0, MOST_MINUTES)] = _importance(
-        0.0,
-        "Minutes of training, by what the dense model says of the calibration text.",
-        "X",
-        shown="0, none; 8 for best",
+    repair_minutes: float = _importance(
+        0.0, "Then train so long, with the dense model as teacher.", "X", ge=0, shown="0; best: 8"
     )
 
     @classmethod
     def beside(cls, preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-        """Return what of a preset (or the defaults) holds beside what was given."""
+        """Return what of a preset holds beside what was given."""
         left = dict(preset)
         if given.get("layers") is not None:
             # Their ranges replace the protection; other structures keep what the model suggests.
@@ -211,10 +171,9 @@ class MethodSettings(CalibrationSettings):
             left |= {"structures": ("heads",), "split": "equal" if said else "auto"}
         if given.get("unit_ratio") is not None:
             left |= {"scope": "local", "spread": None, "split": "equal"}
-        wanted = left.get("score_samples")
-        if wanted is not None and given.get("samples") is not None:
-            with suppress(TypeError, ValueError, OverflowError):  # no number, which is refused
-                left["score_samples"] = min(wanted, int(given["samples"]))  # of fewer samples: all
+        if left.get("score_samples") is not None and given.get("samples") is not None:
+            with suppress(TypeError, ValueError):  # no number, which is refused
+                left["score_samples"] = min(left["score_samples"], int(given["samples"]))
         return left
 
 
@@ -228,13 +187,10 @@ class PlanSettings(ChoiceSettings, AmountSettings):
     """All that decides which units a plan removes."""
 
     unit_ratio: float | None = _how_much(
-        None, "Share of units to remove in each chosen layer, as in the paper.", "SHARE"
+        None, "Share of units to remove in each layer, as in the paper.", "SHARE"
     )
     kv_cache: float | None = _how_much(
-        None,
-        "Share of the key-value cache per token to remove, by pruning heads (or what --structures "
-        "says).",
-        "SHARE",
+        None, "Share of the key-value cache to remove, by pruning heads.", "SHARE"
     )
 
 
@@ -243,83 +199,24 @@ class PruneSettings(MemorySettings, WriterSettings, PlanSettings):
 
     panels: ClassVar = (HOW_MUCH, HOW, WHERE, IMPORTANCE, CALIBRATION, PLAN, OUTPUT, LOADING)
 
-    memory: Room = room_for_weights(shown="a tenth of what is free, on a GPU two fifths")
-    plan: Path | None = _plan(None, "Replay this plan instead of making one.", "FILE", reads=True)
+    memory: Room = room_for_weights(shown="a tenth of what is free; two fifths on a GPU")
+    plan: Path | None = _plan(None, "Carry out this plan instead of making one.", "FILE")
     dry_run: bool = _plan(False, "Write the plan to --out and stop.")
-    estimate: bool = _plan(
-        False, "Say what the run will take, seconds and peak memory by stage, and stop."
-    )
+    estimate: bool = _plan(False, "Print the expected time and memory of each stage, and stop.")
     verify: bool = _output(
         True,
-        "Compare with the masked twin, and the saved folder with the model in memory.",
+        "Compare the result with the masked dense model, and the saved folder with the model in "
+        "memory.",
         hidden=True,
     )
     out: Path = _output(..., "Folder to write; with --dry-run the plan file.", "DIR", short="-o")
 
-    @classmethod
-    def replaced(cls, given: Mapping[str, Any], filed: Mapping[str, Any]) -> Collection[str]:
-        """Return what makes way: beside a plan that was given, all that a plan says."""
-        found = {*super().replaced(given, filed)}
-        if given.get("plan") is not None:
-            said = {**filed, **given}
-            after = said.get("compensation", "none") != "none" or said.get("repair_minutes")
-            found |= cls._said_by_plans(refits=bool(after))
-        return found
-
-    @staticmethod
-    def _said_by_plans(*, refits: bool) -> set[str]:
-        """Return the fields that a plan decides about; the text is also that of a refit."""
-        text = CalibrationSettings.model_fields.keys() | {"seed"}
-        said = set(PlanSettings.model_fields) - {"seed"}
-        return said - {"compensation", "refit_text", "repair_minutes"} - (text if refits else set())
-
-    def written(self) -> dict[str, Any]:
-        """Return plain values of which the same settings come; a plan has no preset but a given."""
-        said = super().written()
-        if self.plan is not None and "preset" not in self.given:
-            del said["preset"]
-        return said
-
     def check(self) -> None:
-        """Raise UserError for what says different things, or leaves nothing to judge by."""
-        if self.repair_minutes and self.samples < 2:
-            raise UserError(
-                f"--repair-minutes {self.repair_minutes:g} is judged by a sample that it is not "
-                f"trained on, and there is {self.samples}; use --samples 2 or more"
-            )
-        if "refit_text" in self.given and self.compensation == "none" and self.refit_text > 1:
-            raise UserError(
-                f"--refit-text {self.refit_text:g} is for a refit, and there is none; use "
-                "--compensation least-squares, or leave it out"
-            )
-        asked = [name for name in AMOUNTS if getattr(self, name) is not None]
-        if self.plan is not None:
-            refits = self.compensation != "none" or bool(self.repair_minutes)
-            spoken = self._said_by_plans(refits=refits) & self.given
-            given = [option_name(name) for name in type(self).model_fields if name in spoken]
-            if given:
-                raise UserError(f"--plan already says what to remove; drop {', '.join(given)}")
-            return
+        """Raise UserError unless exactly one option says what is removed."""
+        asked = [option_name(name) for name in AMOUNTS if getattr(self, name) is not None]
+        asked += ["--plan"] * (self.plan is not None)
         if not asked:
-            names = ", ".join(option_name(name) for name in AMOUNTS)
+            names = ", ".join(map(option_name, AMOUNTS))
             raise UserError(f"no target given; use one of {names}, or --plan")
         if len(asked) > 1:
-            both = " and ".join(option_name(name) for name in asked)
-            raise UserError(f"{both} say different things; give one of them")
-        for name, criteria in READ_BY.items():
-            if name in self.given and self.criterion not in criteria:
-                raise UserError(
-                    f"{option_name(name)} {getattr(self, name)} is for --criterion "
-                    f"{' or '.join(criteria)}, and does nothing with {self.criterion}; use "
-                    f"--criterion {criteria[0]}, or leave it out"
-                )
-        levels = {
-            "--uniform": self.uniform,
-            "--unit-ratio": self.unit_ratio is not None,
-            "--scope local": self.scope == "local",
-        }
-        if "spread" in self.given and (other := next(filter(levels.get, levels), None)):
-            raise UserError(
-                f"--spread {self.spread:g} is for parameters that --scope global shares out, and "
-                f"does nothing with {other}; change that, or leave it out"
-            )
+            raise UserError(f"{' and '.join(asked)} say different things; give one of them")

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import partial
-from math import inf
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator
-
+from llm_pruner.errors import check_installed
 from llm_pruner.settings.common import LOADING, OUTPUT, Pairs, Sources, WriterSettings, pairs
-from llm_pruner.settings.limits import MOST, MOST_MINUTES, Seed, check_installed, must, within
 from llm_pruner.settings.options import Settings, option, presets_in
 from llm_pruner.settings.registry import METHODS
+from llm_pruner.settings.words import Seed
 
 _S = TypeVar("_S", bound="TrainingSettings")
 
-_DATA, _TRAINING, _BUDGET = "Data", "Training", "Budget"
-_TEACHER, _LORA = "Teacher", "Adapters"
-_data, _training, _budget, _teacher, _adapter, _output = (
-    partial(option, panel=panel) for panel in (_DATA, _TRAINING, _BUDGET, _TEACHER, _LORA, OUTPUT)
+_DATA, _TRAINING, _TEACHER, _LORA = "Data", "Training", "Teacher", "Adapters"
+_data, _training, _teacher, _adapter, _output = (
+    partial(option, panel=panel) for panel in (_DATA, _TRAINING, _TEACHER, _LORA, OUTPUT)
 )
 
 QUANTIZERS = {"none": (), "int8": ("torchao",), "nf4": ("bitsandbytes",)}
@@ -28,28 +25,6 @@ QUANTIZERS = {"none": (), "int8": ("torchao",), "nf4": ("bitsandbytes",)}
 
 _TRAINERS = ("warmup_steps", "weight_decay", "max_grad_norm", "report_to", "max_steps")
 """Arguments of the Trainer that once had an option."""
-
-
-def _at_least(least: int, words: str = "is too small; use {least} or more") -> AfterValidator:
-    said = words.replace("{least}", str(least))
-    return must(lambda number: number >= least, f"{{option}} {{value}} {said}")
-
-
-_TRAINS = must(lambda x: 0 < x < inf, "{option} {value} trains nothing; use a number above 0")
-_Count = Annotated[int, _at_least(1), within(1, MOST)]
-ExampleCount = Annotated[
-    int, _at_least(2, "leaves nothing to train on or to judge by; use 2 or more"), within(2, MOST)
-]
-_Judges = Annotated[int, _at_least(1, "leaves nothing to judge by; use at least 1")]
-_Dropout = Annotated[
-    float, must(lambda x: 0 <= x < 1, "{option} {value} is outside [0, 1); use such as 0.05")
-]
-_Weight = Annotated[
-    float, must(lambda x: 0 <= x <= 1, "{option} {value} is outside [0, 1]; use such as 0.9")
-]
-_Temperature = Annotated[
-    float, must(lambda x: 0 < x < inf, "{option} {value} is no temperature; use such as 2")
-]
 
 
 class TrainingSettings(Settings):
@@ -69,69 +44,61 @@ class TrainingSettings(Settings):
     preset: str | None = _training(
         None,
         "quick: minutes on a CPU; paper: LLM-Pruner's two epochs in batches of 64; or a YAML file. "
-        "Options given beside it win.",
+        "Other options win over it.",
         "NAME",
     )
     method: str = _training(
         "lora",
-        f"{', '.join(METHODS)}: all weights but the embeddings, all weights, or adapters beside "
-        "the linear layers.",
+        "lora: adapters beside the linear layers; full: all weights; blocks: all but the "
+        "embeddings.",
         "NAME",
         known=METHODS,
     )
-    learning_rate: Annotated[float, _TRAINS, within(0, 1000)] = _training(
-        1e-3, "At its peak.", "RATE", shown="1e-3 for quick, 1e-4 for paper, less for weights"
+    learning_rate: float = _training(
+        1e-3,
+        "At its peak.",
+        "RATE",
+        shown="1e-3 for quick, 1e-4 for paper, less for weights",
+        gt=0,
     )
-    batch_size: Annotated[int, _at_least(1), within(1, 2**20)] = _training(
-        4, "Samples in a step.", "N", shown="4; 64 for paper"
-    )
-    seq_len: Annotated[int, _at_least(2), within(2, 2**24)] = _training(
+    batch_size: int = _training(4, "Samples in a step.", "N", shown="4; 64 for paper", ge=1)
+    seq_len: int = _training(
         512,
         "Longest sample, and length of a packed row, in tokens.",
-        "N",
         shown="512; 256 for paper",
         hidden=True,
+        ge=2,
     )
     quantize: Literal["none", "int8", "nf4"] = _training(
         "none",
-        "Hold the weights that are not trained in int8 (torchao) or nf4 (bitsandbytes, QLoRA). "
-        "What was learned is merged into the weights as they came.",
+        "Hold the weights that are not trained in int8 (torchao) or nf4 (bitsandbytes, QLoRA).",
         "TYPE",
     )
-    micro_tokens: int | None = option(None, "Tokens in one forward pass.", "N", hidden=True)
-    packing: bool = option(
+    micro_tokens: int | None = _training(None, "Tokens in one forward pass.", hidden=True)
+    packing: bool = _training(
         True, "Several samples in a row, where the model keeps them apart.", hidden=True
     )
-    kernels: tuple[Literal["attention", "loss"], ...] = option(
-        ("attention", "loss"), "Parts of training with faster arithmetic.", "NAME", hidden=True
+    kernels: tuple[Literal["attention", "loss"], ...] = _training(
+        ("attention", "loss"), "Parts of training with faster arithmetic.", hidden=True
     )
     trainer: Pairs = _training(
         {},
-        "Any argument of transformers' TrainingArguments, such as max_steps=500, bf16=true, "
-        "weight_decay=0.01 or report_to=wandb. May be given several times.",
+        "Any argument of transformers' TrainingArguments, such as max_steps=500, bf16=true or "
+        "report_to=wandb; may be given several times.",
         "NAME=VALUE",
         shown="warmup_steps=10 lr_scheduler_type=cosine",
     )
     seed: Seed = _training(0, "Of the data's order and the adapters.", "N")
-    epochs: Annotated[float, _TRAINS, within(0, MOST)] = _budget(
-        1, "Passes over the data.", "X", shown="1; 2 for paper"
+    epochs: float = _training(1, "Passes over the data.", "X", shown="1; 2 for paper", gt=0)
+    max_minutes: float | None = _training(
+        None, "Fit training, with its scores, into this time.", "X", gt=0
     )
-    max_minutes: Annotated[float, _TRAINS, within(0, MOST_MINUTES)] | None = _budget(
-        None, "End training, evaluated, within this time; the run is planned to fit.", "X"
-    )
-    evaluations: _Count = _budget(
-        10, "Times the held-out examples are scored on the way.", "N", hidden=True
-    )
-    patience: _Count = _budget(3, "Stop when so many scores brought no gain.", "N", hidden=True)
-    lora_r: Annotated[int, _at_least(1), within(1, 2**16)] = _adapter(8, "Rank.", "N", hidden=True)
-    lora_alpha: Annotated[float, _TRAINS, within(0, MOST)] = _adapter(
-        16.0,
-        "Scale times rank.",
-        "X",
-        hidden=True,
-    )
-    lora_dropout: _Dropout = _adapter(
-        0.0, "Of what they read.", "SHARE", shown="0; 0.05 for paper", hidden=True
+    evaluations: int = _training(10, "Number of scores of held-out examples.", hidden=True, ge=1)
+    patience: int = _training(3, "Stop after so many scores without gain.", hidden=True, ge=1)
+    lora_r: int = _adapter(8, "Rank.", hidden=True, ge=1)
+    lora_alpha: float = _adapter(16.0, "Scale times rank.", hidden=True, gt=0)
+    lora_dropout: float = _adapter(
+        0.0, "Of what they read.", hidden=True, shown="0; 0.05 for paper", ge=0, lt=1
     )
 
     def uses(self, kernel: str) -> bool:
@@ -187,19 +154,15 @@ class TrainingSettings(Settings):
 class DistillationSettings(Settings):
     """How a teacher is learned from."""
 
-    distill_weight: _Weight = _teacher(
+    distill_weight: float = _teacher(
         0.9,
         "Of the teacher in the loss; the text has the rest. 0: it only writes for self.",
-        "SHARE",
         hidden=True,
+        ge=0,
+        le=1,
     )
-    temperature: _Temperature = _teacher(1.0, "Of the teacher.", "T", hidden=True)
-    teacher_top_k: Annotated[int, _at_least(1, "keeps nothing; use 1 or more")] = _teacher(
-        64,
-        "Likeliest tokens that are kept.",
-        "N",
-        hidden=True,
-    )
+    temperature: float = _teacher(1.0, "Of the teacher.", hidden=True, gt=0)
+    teacher_top_k: int = _teacher(64, "Likeliest tokens that are kept.", hidden=True, ge=1)
 
 
 class DataSettings(Settings):
@@ -207,37 +170,36 @@ class DataSettings(Settings):
 
     data: Sources = _data(
         ...,
-        "self (the teacher writes), pruned (MODEL writes, and the teacher judges it), a hub "
-        "dataset, or a .txt, .jsonl, .json or .parquet file of instructions, chats or text. May be "
-        "given several times.",
+        "self (the teacher writes), pruned (MODEL writes, the teacher judges), a hub dataset, or a "
+        ".txt, .jsonl, .json or .parquet file of instructions, chats or text; may be given several "
+        "times.",
         "SRC",
-        reads=True,
     )
-    samples: ExampleCount | None = _data(
+    samples: int | None = _data(
         None,
         "Use at most this many examples of each source.",
         "N",
         shown="all; 512 of self and pruned; 10,000 of datasets without an end, such as c4",
+        ge=2,
     )
-    self_samples: ExampleCount | None = option(
-        None, "The same of the source self alone, for other stages of a run.", "N", hidden=True
+    self_samples: int | None = option(
+        None, "The same of the source self alone, for other stages of a run.", hidden=True, ge=2
     )
-    held_out: _Judges | None = _data(
+    held_out: int | None = _data(
         None,
         "Examples of each source to judge by.",
-        "N",
-        shown="one in 20, at most 256",
         hidden=True,
+        shown="one in 20, at most 256",
+        ge=1,
     )
     template: Literal["auto", "chat", "alpaca"] = _data(
         "auto",
         "How instructions are written: chat (the tokenizer's template), alpaca, or auto.",
-        "NAME",
         hidden=True,
     )
     mask_prompt: bool = _data(False, "Learn only what the assistant says.")
-    split: str | None = _data(None, "Split of a hub dataset.", "NAME", hidden=True)
-    text_field: str | None = _data(None, "Field that holds a plain text.", "NAME", hidden=True)
+    split: str | None = _data(None, "Split of a hub dataset.", hidden=True)
+    text_field: str | None = _data(None, "Field that holds a plain text.", hidden=True)
     kept: Path | None = option(
         None, "Folder that keeps the text of self, for other stages of a run.", hidden=True
     )
@@ -247,53 +209,32 @@ class RecoverSettings(WriterSettings, DataSettings, TrainingSettings, Distillati
     """All that ``recover`` can be asked for."""
 
     hides: ClassVar = frozenset({"push_to_hub"})
-    panels: ClassVar = (_DATA, _TRAINING, _BUDGET, _TEACHER, _LORA, OUTPUT, LOADING)
+    panels: ClassVar = (_DATA, _TRAINING, _TEACHER, _LORA, OUTPUT, LOADING)
 
     dtype: str = option(
         "auto",
-        "Of the saved weights: auto for what the checkpoint has, computed in float32, or beside "
-        "adapters in that type where it is faster or float32 does not fit into memory; or "
-        "float32, bfloat16 or float16, computed in it.",
+        "Of the saved weights: auto (as stored; trained in float32, or beside adapters in that "
+        "type where it is faster or float32 does not fit), float32, bfloat16, float16.",
         "TYPE",
         panel=LOADING,
     )
-    resume: bool = _output(
-        False, "Go on with a run that was interrupted, from its last checkpoint."
-    )
+    resume: bool = _output(False, "Go on with an interrupted run from its last checkpoint.")
     restart: bool = _output(False, "Throw an interrupted run away.", hidden=True)
     keep_adapter: bool = _output(
-        False,
-        "Save the adapter too, in --out/adapter; it belongs to MODEL.",
-        hidden=True,
+        False, "Save the adapter too, in --out/adapter; it belongs to MODEL.", hidden=True
     )
     perplexity: Sources = _output(
-        (),
-        "Measure perplexity on this corpus before and after. May be given several times.",
-        "SRC",
-        reads=True,
+        (), "Measure perplexity on this text before and after; may be given several times.", "SRC"
     )
-    perplexity_seq_len: Annotated[int, within(2, 2**24)] | None = _output(
-        None,
-        "Tokens in a window of it.",
-        "N",
-        shown="2048 or the model's maximum",
-        hidden=True,
+    perplexity_seq_len: int | None = _output(
+        None, "Tokens in a window of it.", hidden=True, shown="2048 or the model's maximum", ge=2
     )
     control: str | None = _output(
-        None,
-        "Train this model, the dense one, with the same text, steps and rate as well, and show "
-        "what is left of the damage beside it.",
-        "MODEL",
-        reads=True,
+        None, "Train this dense model in the same way, and show the damage beside it.", "MODEL"
     )
-    teacher: str | None = _teacher(None, "The dense model to learn from.", "MODEL", reads=True)
+    teacher: str | None = _teacher(None, "The dense model to learn from.", "MODEL")
     teacher_cache: Path | None = _teacher(
-        None,
-        "Keep what it wrote and said there, for other runs.",
-        "DIR",
-        shown="only for this run",
-        reads=True,
-        hidden=True,
+        None, "Folder that keeps what the teacher wrote and said, for other runs.", hidden=True
     )
 
     @property

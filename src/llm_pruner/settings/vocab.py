@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 from llm_pruner.settings.common import CALIBRATION, LOADING, Sources, WriterSettings
-from llm_pruner.settings.limits import must
 from llm_pruner.settings.options import option
 
 _text = partial(option, panel=CALIBRATION)
-
-_Some = Annotated[
-    int, must(lambda count: count >= 1, "{option} {value} leaves nothing; use 1 or more")
-]
 
 
 class VocabSettings(WriterSettings):
@@ -22,23 +17,17 @@ class VocabSettings(WriterSettings):
     hides: ClassVar = frozenset({"push_to_hub", "dtype"})
 
     text: Sources = _text(
-        ...,
-        "Text whose tokens stay: a file or a hub dataset. May be given several times.",
-        "SRC",
-        reads=True,
+        ..., "Text whose tokens stay: a file or a hub dataset; may be given several times.", "SRC"
     )
-    size: _Some | None = option(
+    size: int | None = option(
         None,
-        "Tokens that stay: those that the text has most often, then those that the tokenizer "
-        "learned first. Without it: those that the text has.",
+        "Number of tokens that stay: the most frequent in the text, then those that the tokenizer "
+        "learned first.",
         "N",
+        ge=1,
+        shown="the tokens of the text",
     )
-    dtype: str = option(
-        "auto",
-        "Of the weights: auto for what the checkpoint has; or float32, bfloat16 or float16.",
-        "TYPE",
-        panel=LOADING,
-    )
-    documents: _Some = _text(20_000, "Read at most this many of a hub dataset.", "N", hidden=True)
-    text_split: str | None = _text(None, "Split of a hub dataset.", "NAME", hidden=True)
-    text_field: str | None = _text(None, "Field that holds the text.", "NAME", hidden=True)
+    dtype: str = option("auto", "Of the weights; auto: as stored.", panel=LOADING)
+    documents: int = _text(20_000, "Read at most this many of a dataset.", ge=1, hidden=True)
+    text_split: str | None = _text(None, "Split of a hub dataset.", hidden=True)
+    text_field: str | None = _text(None, "Field that holds the text.", hidden=True)
