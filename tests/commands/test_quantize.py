@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import llm_pruner.commands.compress as stages
 from command import figures, measured_here, run, save_tiny, write_text
+from llm_pruner import errors
 from llm_pruner.checkpoints import packed
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import model_size
