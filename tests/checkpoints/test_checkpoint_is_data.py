@@ -173,7 +173,7 @@ ATTACKS: dict[str, tuple[Change, str]] = {
     # Values.
     "nan": (attribute(ATTENTION, "layer_idx", float("nan")), "nan, which is no number"),
     "infinite": (attribute(ATTENTION, "scaling", float("inf")), "inf, which is no number"),
-    "huge": (attribute(ATTENTION, "layer_idx", 10**400), "more than 64 bits"),
+    "huge": (attribute(ATTENTION, "layer_idx", 10**400), "no such number"),
     "fraction": (attribute(ATTENTION, "layer_idx", 0.5), "0.5"),
     "lines": (attribute("a\nb", "x"), "'a\\nb'"),
     # Shapes.

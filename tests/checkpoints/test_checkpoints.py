@@ -268,14 +268,6 @@ def test_layers_in_config_values_with_their_lists(tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path / "out")), logits(model))
 
 
-def test_as_many_end_tokens_as_layers_all_stay(tmp_path: Path) -> None:
-    model = tiny_model("llama", eos_token_id=[2, 4, 5])
-    knife = Knife(model)
-    knife.drop_layers([1, 2])
-    assert knife.save(tmp_path / "out") == "stock"
-    assert load(tmp_path / "out").config.eos_token_id == [2, 4, 5]
-
-
 def test_a_factor_that_config_values_would_change_needs_a_recipe(tmp_path: Path) -> None:
     # Channels go, the factor 1 / sqrt(8) stays; a plain config would give 1 / sqrt(6).
     knife = Knife(tiny_model("llama"))
@@ -435,28 +427,6 @@ def test_pruned_again(tmp_path: Path) -> None:
     loaded = load(tmp_path / "twice")
     assert loaded.config.num_hidden_layers == 2
     assert torch.equal(logits(loaded), logits(knife.model))
-
-
-def test_loaded_model_is_an_ordinary_model(tmp_path: Path) -> None:
-    knife = differing_layers(tiny_model("llama"))
-    knife.save(tmp_path / "out")
-    loaded = load(tmp_path / "out")
-    loss = loaded(TOKENS, labels=TOKENS).loss
-    loss.backward()
-    assert all(parameter.grad is not None for parameter in loaded.parameters())
-    assert loaded.half().dtype == torch.float16
-    assert torch.equal(logits(copy.deepcopy(load(tmp_path / "out"))), logits(knife.model))
-
-
-def test_a_model_without_weights_says_the_sizes_of_its_linear_layers(tmp_path: Path) -> None:
-    """Quantizers put theirs in their place before weights are read."""
-    differing_layers(tiny_model("llama")).save(tmp_path / "out")
-    config = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    assert all((one.out_features, one.in_features) == one.weight.shape for one in linear)
-    assert len({one.in_features for one in linear}) == 5
 
 
 @pytest.mark.parametrize("cut", [equal_layers, differing_layers])

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from torch import nn
 from transformers import (
     AttentionInterface,
     AutoConfig,
@@ -27,7 +26,6 @@ from llm_pruner.checkpoints.meta import sizes
 from llm_pruner.checkpoints.save import SavedCheckpoint
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
-from llm_pruner.models import modeling_pruned
 from llm_pruner.models.load import load_model
 from llm_pruner.surgery.cut import cut_
 from llm_pruner.types import Edits
@@ -286,11 +284,3 @@ def test_quantized_while_it_is_loaded(folders: dict[str, Path], tmp_path: Path) 
         assert torch.equal(logits(again), logits(model))
     with pytest.raises(UserError, match="quantized with torchao"):
         save_checkpoint(model, tmp_path / "out", edits=Edits(), tokenizer=tiny_tokenizer())
-
-
-def test_weights_that_are_split_as_they_are_made_are_refused() -> None:
-    """DeepSpeed marks parameters of which it has taken the values, under ZeRO-3."""
-    module: Any = nn.Linear(4, 3)
-    module.weight.ds_id = 0
-    with pytest.raises(ValueError, match=r"ZeRO-3.*use ZeRO-2"):
-        modeling_pruned.reshape_parameters_(module, {"weight": (2, 4)})

@@ -16,10 +16,6 @@ import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.modeling_gguf_pytorch_utils import (
-    Qwen2MoeTensorProcessor,
-    get_gguf_hf_weights_map,
-)
 
 from command import done, run, save_tiny
 from helpers import tiny_model, tiny_tokenizer
@@ -27,7 +23,6 @@ from llm_pruner.errors import UserError
 from llm_pruner.export.formats.gguf import GgufFile
 from llm_pruner.export.gguf_model import FAMILIES, GgufModel, gguf_model, neighbours
 from llm_pruner.export.gguf_tokenizer import copy_tokenizer, read_tokenizer
-from llm_pruner.models import gguf_file
 from llm_pruner.models.gguf_file import NAMES, complete_from_gguf_, rules_of, split_as_named_
 from llm_pruner.models.load import LoadedModel, load_model
 from trained_tokenizers import byte_level
@@ -231,18 +226,6 @@ def test_unequal_layers_of_qwen3(here: Path) -> None:
         gguf_model(narrowed("qwen3"), "tiny")
 
 
-def test_a_layer_without_ffn_has_one_channel_of_zeros(here: Path) -> None:
-    model = narrowed()
-    mlp = model.model.layers[0].mlp
-    for name, shape in (("gate_proj", (0, 64)), ("up_proj", (0, 64)), ("down_proj", (64, 0))):
-        getattr(mlp, name).weight = nn.Parameter(torch.empty(shape))
-    mlp.gate_proj.out_features = mlp.up_proj.out_features = mlp.down_proj.in_features = 0
-    keys, tensors = written(gguf_model(model, "tiny"))
-    assert keys["deci.feed_forward_length"] == [1, 96, 96]
-    for name in ("gate", "up", "down"):
-        assert values(tensors[f"blk.0.ffn_{name}.weight"]).tolist() in ([[0] * 64], [[0]] * 64)
-
-
 def test_biases_go_where_they_are_read(here: Path) -> None:
     _, tensors = written(gguf_model(tiny(attention_bias=True, mlp_bias=True), "tiny"))
     assert {"blk.0.attn_output.bias", "blk.0.ffn_down.bias", "blk.0.attn_q.bias"} < tensors.keys()
@@ -332,16 +315,6 @@ def test_a_name_that_transformers_takes_for_a_kind(here: Path) -> None:
     torch.testing.assert_close(found.lm_head.weight, model.lm_head.weight)
 
 
-def test_a_file_of_the_same_name_elsewhere_is_not_read(here: Path) -> None:
-    (here / "other").mkdir()
-    model = tiny(vocab_size=len(byte_level().get_vocab()), seed=1)
-    through_a_file(model)
-    Path("m.gguf").rename("other/m.gguf")
-    through_a_file(tiny(vocab_size=model.config.vocab_size, seed=2))
-    found = load_model("other/m.gguf").model
-    torch.testing.assert_close(found.lm_head.weight, model.lm_head.weight)
-
-
 def test_what_transformers_leaves_out_of_a_file(here: Path) -> None:
     size = len(byte_level().get_vocab())
     with pytest.raises(
@@ -364,35 +337,6 @@ def test_sizes_that_a_file_says_wrong(here: Path) -> None:
     written(replace(model, values={**model.values, "add_feed_forward_length": 95}))
     with pytest.raises(UserError, match=r"of the sizes in its config follows \(64, 95\)"):
         load_model("m.gguf", tokenizer_required=False)
-
-
-def test_a_file_with_experts_is_read(here: Path) -> None:
-    model = tiny_model("qwen3_moe", norm_topk_prob=True)
-    config, weights = model.config, model.state_dict()
-    writer = gguf.GGUFWriter("m.gguf", "qwen3moe")
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_expert_count(config.num_experts)
-    writer.add_expert_used_count(config.num_experts_per_tok)
-    for name, path in get_gguf_hf_weights_map(model, Qwen2MoeTensorProcessor()).items():
-        value = weights[path]
-        if "_gate_exps" in name or "_up_exps" in name:
-            value = value.chunk(2, dim=1)["_up_exps" in name]
-        end = ".weight" if "_exps" in name else ""
-        writer.add_tensor(f"{name}{end}", value.contiguous().numpy())
-    write(writer)
-    loaded = load_model("m.gguf", tokenizer_required=False).model
-    ids = torch.arange(3, 103)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=1e-4, rtol=0)
 
 
 def test_scaling_that_a_file_does_not_tell_is_refused(here: Path) -> None:
@@ -624,20 +568,6 @@ def test_types_of_llama_cpp(here: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert failed.code == 1
     assert "llama.cpp could not write q4_k_m (no such type)" in failed.err
     assert sorted(path.name for path in here.iterdir()) == ["bin", "m", "o.gguf"]
-
-
-def test_weights_that_transformers_has_no_place_for(tmp_path: Path) -> None:
-    """As those of StableLM 2 12B, which norms queries and keys."""
-    file = tmp_path / "m.gguf"
-    model = tiny_model("stablelm")
-    for name in ("rope_freqs.weight", "blk.0.attn_q.weight", "blk.1.attn_q_norm.weight"):
-        writer = gguf.GGUFWriter(file, "stablelm")
-        writer.add_tensor(name, np.zeros(4, np.float32))
-        write(writer)
-        if "norm" not in name:
-            gguf_file.require_all_read(model, file)
-    with pytest.raises(UserError, match=r"has 1 weights, blk\.1\.attn_q_norm\.weight first"):
-        gguf_file.require_all_read(model, file)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,6 @@ from llm_pruner.models.chatglm import (
     ChatGLMTokenizer,
 )
 from llm_pruner.models.chatglm.modeling import Layout, positions, read_layout, visible
-from llm_pruner.models.forward import repeat_
 from llm_pruner.surgery.cut import cut_
 from llm_pruner.surgery.removal import count_parameters
 from llm_pruner.surgery.twin import pruned_logits, twin_logits
@@ -118,11 +117,6 @@ def test_plain_text_is_an_answer_to_nothing() -> None:
     assert [same.context.tolist(), same.mask_position.tolist()] == [[0, 0], [0, 0]]
 
 
-def test_answer_without_mask_token() -> None:
-    assert layout_of([[5, 6, SOP, 7]]).mask_position.tolist() == [1]
-    assert layout_of([[SOP, 5, 6, 7]]).mask_position.tolist() == [0]
-
-
 def test_context_is_seen_both_ways() -> None:
     layout = layout_of([[5, 6, GMASK, SOP, 7, 8]])
     assert picture(visible(layout, 0, 6, 6, None)[0, 0]) == [
@@ -133,18 +127,6 @@ def test_context_is_seen_both_ways() -> None:
         "xxxxx.",
         "xxxxxx",
     ]
-
-
-def test_padding_on_the_right_and_empty_places_of_a_cache() -> None:
-    mask = torch.tensor([[1, 1, 1, 1, 0]])
-    layout = layout_of([[5, GMASK, SOP, 7, PAD]], mask.tolist())
-    assert picture(visible(layout, 0, 5, 5, mask)[0, 0])[3:] == ["xxxx.", "xxxxx"]
-    # Two of eight places of the cache will be filled by this step, the last three are empty.
-    step = torch.tensor([[1, 1, 1, 1, 0]])
-    assert picture(visible(layout, 3, 2, 8, step)[0, 0]) == ["xxxx....", "xxxxx..."]
-
-
-# ---------------------------------------------------------------------------- numbers
 
 
 def reference_logits(model: ChatGLMForConditionalGeneration, row: list[int]) -> torch.Tensor:
@@ -237,12 +219,6 @@ def test_earlier_name_of_the_cache() -> None:
     assert cache.get_seq_length() == 7
     step = model(tokens[:, 7:], past_key_values=cache, use_cache=True).logits
     assert float((step - model(tokens).logits[:, 7:]).abs().max()) < 1e-5
-
-
-def test_a_cache_that_knows_its_rows_is_not_repeated() -> None:
-    cache = tiny()(torch.tensor(ROWS[:1]), use_cache=True).cache
-    assert not repeat_(cache, 2)
-    assert cache.layers[0].keys.shape[0] == 1
 
 
 def pad_left(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -498,15 +474,6 @@ def test_batches_are_padded_on_the_left(tokenizer: ChatGLMTokenizer) -> None:
 def test_whitespace_survives(tokenizer: ChatGLMTokenizer, text: str) -> None:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == text
-
-
-def test_text_options(pieces: bytes, tmp_path: Path, tokenizer: ChatGLMTokenizer) -> None:
-    other = ChatGLMTokenizer(
-        str(tmp_path / "ice_text.model"), do_lower_case=True, remove_space=True
-    )
-    plain = tokenizer("ab cd")["input_ids"]
-    assert other(" AB \n cd ")["input_ids"] == plain
-    assert tokenizer(" AB \n cd ")["input_ids"] != plain
 
 
 def test_tokenizer_loads_through_the_auto_class(pieces: bytes, tmp_path: Path) -> None:

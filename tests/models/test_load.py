@@ -197,24 +197,6 @@ def test_an_adapter_beside_a_file(tmp_path: Path) -> None:
         load_model(str(file))
 
 
-def test_code_of_a_tokenizer_runs_where_it_may(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """That the model's class is one of this package says nothing of the tokenizer."""
-    config_values(pruned={})(folder)
-    seen: dict[str, Any] = {}
-
-    def read(*_: Any, **how: Any) -> Any:
-        seen.update(how)
-        raise ValueError("enough")
-
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", read)
-    monkeypatch.setattr(loading, "_load_model", lambda *_: (tiny_model(), []))
-    with pytest.raises(UserError, match="enough"):
-        load_model(str(folder), trust_remote_code=True)
-    assert seen["trust_remote_code"] is True
-
-
 def test_tokenizer_that_nobody_needs(folder: Path) -> None:
     remove("tokenizer*")(folder)
     assert load_model(str(folder), tokenizer_required=False).tokenizer is None
@@ -257,11 +239,6 @@ def test_bad_gguf(content: bytes | None, message: str, tmp_path: Path) -> None:
         load_model(str(file))
     with pytest.raises(UserError, match=message):
         load_tokenizer(ModelSettings(model=str(file)))
-
-
-def test_a_folder_may_be_called_like_a_file(folder: Path, tmp_path: Path) -> None:
-    place = shutil.copytree(folder, tmp_path / "m.gguf")
-    assert load_model(str(place)).tokenizer is not None
 
 
 @pytest.fixture
@@ -338,20 +315,6 @@ def test_a_model_of_the_hub_is_read_block_by_block_at_once(folder: Path, hub: Pa
     assert not {"consolidated.safetensors", "modeling.py"} & there
 
 
-def test_a_download_that_was_interrupted_goes_on(folder: Path, hub: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    tiny_model("llama").save_pretrained(folder, max_shard_size="100KB")
-    shards = sorted(folder.glob("*.safetensors"))
-    for file in (shards[0], folder / "model.safetensors.index.json"):
-        shutil.copy(file, hub)
-    assert sources.stored_size("me/tiny", None, "float32") is None
-    with pytest.raises(UserError, match="lacks "):
-        sources.stored_size(str(hub), None, "float32")
-    assert is_model_streamed(load_model("me/tiny", memory=1000).model)
-    assert {file.name for file in shards} <= {file.name for file in hub.iterdir()}
-    assert sources.stored_size("me/tiny", None, "float32") is not None
-
-
 def test_default_model_is_found_without_importing_its_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -381,15 +344,6 @@ def test_tokens_without_a_row_do_not_come_back_when_the_tokenizer_is_saved(tmp_p
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert len(again) == len(tokenizer) == rows
     assert max(again("a [PAD] <extra> b").input_ids) < rows
-
-
-def test_the_type_of_a_model_of_the_hub_is_that_of_its_files(folder: Path, hub: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    del config["dtype"]
-    tiny_model("llama").to(torch.bfloat16).save_pretrained(folder)
-    for place in (folder, hub):
-        (place / "config.json").write_text(json.dumps(config))
-    assert load_model("me/tiny", memory=2**30).stored_dtype == torch.bfloat16
 
 
 def test_the_plan_of_a_model_of_the_hub(

@@ -18,7 +18,6 @@ from command import save_tiny, write_text
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner import Model
 from llm_pruner.commands.prune import PruneRun
-from llm_pruner.data import selfmade
 from llm_pruner.discovery import groups
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
@@ -29,7 +28,6 @@ from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import load_model
 from llm_pruner.models.mapped_weights import Joined, element, leaf_tensors
 from llm_pruner.models.streaming import (
-    as_before,
     ends_of,
     is_streamed,
     stored,
@@ -297,29 +295,6 @@ def test_weights_are_there_in_their_turn_and_nan_out_of_it(streamed: Any) -> Non
     assert torch.equal(values_of(weight), held)
 
 
-def test_a_weight_that_cannot_be_read_leaves_no_trace(
-    streamed: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokens = torch.arange(3, 40)[None]
-    read, count = mapped_weights.StoredWeight.read, iter(range(1, 1000))
-
-    def full(source: Any, *dtype: Any) -> torch.Tensor:
-        if next(count) == 5:
-            raise torch.OutOfMemoryError
-        return read(source, *dtype)
-
-    with torch.no_grad():
-        expected = streamed(tokens).logits
-        monkeypatch.setattr(mapped_weights.StoredWeight, "read", full)
-        with (
-            pytest.raises(torch.OutOfMemoryError),
-            as_before(streamed),
-            turn(*streamed.model.layers),
-        ):
-            pass
-        assert torch.equal(streamed(tokens).logits, expected)
-
-
 def test_of_a_cut_embedding_a_few_rows_are_read(
     streamed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -414,35 +389,6 @@ def test_gradients_pass_the_ends_in_their_turn() -> None:
     with turn(*model.layers, *ends_of(model)):
         model(ids).square().sum().backward()
         assert torch.equal(model.embedding.weight.grad, wide.embedding.weight.grad)
-
-
-def test_text_is_written_with_the_weights_of_the_files_where_they_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Else each token would read all of them."""
-    folder = save(tmp_path / "model", "llama")
-    monkeypatch.setattr(selfmade, "LARGE", 0)
-    monkeypatch.setattr(selfmade, "multiplies_bfloat16", lambda _: True)
-    resident = load_model(str(folder)).model
-    how: dict[str, Any] = {"samples": 2, "seq_len": 16, "seed": 0}
-    expected = selfmade.write_text(resident, tiny_tokenizer(), **how)
-    count = sum(one.numel() for one in resident.parameters())
-    read, reads = mapped_weights.StoredWeight.read, list[Any]()
-
-    def counted(source: Any, *dtype: Any) -> torch.Tensor:
-        reads.append(source)
-        return read(source, *dtype)
-
-    monkeypatch.setattr(mapped_weights.StoredWeight, "read", counted)
-    for room, once in ((2 * count, True), (2 * count - 1, False)):
-        model = load_model(str(folder), memory=room).model
-        reads.clear()
-        caplog.clear()
-        found = selfmade.write_text(model, tiny_tokenizer(), **how)
-        inside = sum(map(is_streamed, model.parameters()))
-        assert (len(reads) == inside > 0) == once
-        assert ("block by block: all weights 15 times" in caplog.text) != once
-        assert not once or torch.equal(found, expected)
 
 
 def mapped_bytes(file: Path) -> int:

@@ -1,8 +1,8 @@
 """A recipe applied to a freshly built dense model, after a check that it fits.
 
-A checkpoint is data: its recipe may cut what the model has, and replace numbers by numbers. What it
-names is looked up among registered submodules, parameters and buffers, and in the ``__dict__`` of a
-module or of its settings, all of it before anything of the model is changed.
+A checkpoint is data: its recipe may cut what the model has, and replace numbers by numbers. Names
+are looked up among registered submodules, parameters and buffers, and in the ``__dict__`` of a
+module or its settings, before anything of the model is changed.
 """
 
 from __future__ import annotations
@@ -141,7 +141,6 @@ def attribute_misfits(model: nn.Module, recipe: Recipe) -> Iterator[str]:
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:
-    """Return a submodule by its registered name; None if there is none."""
     module: nn.Module | None = model
     for part in path.split(".") if path else ():
         module = None if module is None else module._modules.get(part)

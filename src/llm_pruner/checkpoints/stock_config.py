@@ -1,10 +1,9 @@
 """Config values that give a pruned model's sizes, where there are any.
 
 No key is known by name. Lists with one entry a layer, lists of layer numbers and numbers that
-divide the layers follow the layers that were kept, if that brings the model that the config builds
-closer to them. Then each integer is changed on a model without weights, which shows the sizes that
-it governs and so the value that it needs. The config found must build exactly the pruned model, in
-every shape, every number that a module's code reads and every buffer that loading computes.
+divide the layers follow the layers that were kept. Then each integer is changed on a model without
+weights, which shows the sizes that it governs and so the value that it needs. The config found must
+build exactly the pruned model: shapes, numbers that code reads, and computed buffers.
 """
 
 from __future__ import annotations
@@ -57,9 +56,6 @@ def stock_config(
         if config := accepted(meta.with_values(trials.config, fewer), pruned_model, target, edits):
             values, found = fewer, config
     return found
-
-
-# ------------------------------------------------------------------------------------ layers
 
 
 class Depth(NamedTuple):
@@ -170,9 +166,6 @@ def _renumbered(
             for new in dict.fromkeys((before, through)):
                 if new != value and new >= 0:
                     yield path, new, False
-
-
-# ---------------------------------------------------------------------------------- integers
 
 
 class _Solver:

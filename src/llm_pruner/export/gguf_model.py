@@ -1,9 +1,7 @@
 """What a model is in llama.cpp: an architecture, its settings, and tensors under other names.
 
-Sizes are read from the modules, one value a layer, and so is all that surgery may have changed: the
-head size, the scale of the attention, the frequencies of rotary embeddings. Of llama.cpp's
-architectures few read sizes per layer. ``deci`` computes what Llama and Qwen2 do, and ``openelm``
-what Qwen3 does.
+All that surgery may have changed is read from the modules. Few of llama.cpp's architectures read
+sizes per layer: ``deci`` computes what Llama and Qwen2 do, and ``openelm`` what Qwen3 does.
 """
 
 from __future__ import annotations
@@ -29,8 +27,7 @@ FAMILIES = {
 """``model_type`` -> architecture for equal layers, and for unequal ones."""
 
 _PAIRED = ("llama", "deci")
-"""Architectures that rotate neighbours; in the others, as in transformers, the halves of a head
-make the pairs. They also read a factor for each frequency."""
+"""Architectures that rotate neighbours, not halves of a head, and read a factor per frequency."""
 
 _BIASES = {
     "llama": "self_attn.[qkvo]_proj|mlp.(gate|up|down)_proj",

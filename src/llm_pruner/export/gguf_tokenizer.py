@@ -1,7 +1,7 @@
 """A tokenizer as llama.cpp reads it: from ``tokenizer.json``, or from another GGUF file.
 
-llama.cpp has the rules by which text is split before merging built in, under names. The name is
-told by the rules that ``tokenizer.json`` states, so that one with other tokens is known as well.
+llama.cpp has rules by which text is split before merging built in, under names; the name follows
+from the rules in ``tokenizer.json``.
 """
 
 from __future__ import annotations
@@ -44,15 +44,9 @@ class _Special(gguf.SpecialVocab):
         ids = tokenizer.encode("a").ids
         for kind, end in (("bos", ids[:1]), ("eos", ids[-1:])):
             self.add_special_token[kind] = end == [self.special_token_ids.get(kind)]
-        files = {"default": path / "chat_template.jinja"}
-        files |= {file.stem: file for file in path.glob("additional_chat_templates/*.jinja")}
-        templates = [
-            {"name": name, "template": file.read_text(encoding="utf-8")}
-            for name, file in files.items()
-            if file.is_file()
-        ]
-        if templates:
-            self.chat_template = templates
+        template = path / "chat_template.jinja"
+        if template.is_file():
+            self.chat_template = template.read_text(encoding="utf-8")
 
     def _set_special_token(self, typ: str, tid: Any) -> None:
         if not (isinstance(tid, int) and tid < 0):
@@ -73,11 +67,17 @@ def read_tokenizer(folder: Path, rows: int) -> dict[str, gguf.GGUFValue]:
             f"{folder / 'tokenizer.json'} cannot be exported to GGUF ({error}); {_OF_ANOTHER}"
         ) from error
     bytewise = not data["model"].get("byte_fallback")
-    if not bytewise and not all(map(_marks_spaces, _all_steps(data))):
-        raise _unknown(folder)
+    pre = NAMES.get(rules_of(data)) if bytewise else "default"
+    normal = {step["type"] for step in steps_of(data.get("normalizer"))}
+    followed = normal <= set(_UNICODE) if bytewise else all(map(_marks_spaces, _all_steps(data)))
+    if pre is None or not followed:
+        raise UserError(
+            f"llama.cpp has no name that is known here for how the tokenizer in {folder} splits "
+            f"text; {_OF_ANOTHER}"
+        )
     writer = gguf.GGUFWriter(None, "")
     writer.add_tokenizer_model("gpt2" if bytewise else "llama")
-    writer.add_tokenizer_pre(_pre_tokenizer(data, folder) if bytewise else "default")
+    writer.add_tokenizer_pre(pre)
     texts, types = _tokens(data, rows, folder)
     writer.add_token_list(texts)
     writer.add_token_types(types)
@@ -161,19 +161,3 @@ def _marks_spaces(step: dict[str, Any]) -> bool:
 
 def _all_steps(data: dict[str, Any]) -> list[dict[str, Any]]:
     return [*steps_of(data.get("normalizer")), *steps_of(data.get("pre_tokenizer"))]
-
-
-def _unknown(folder: Path) -> UserError:
-    return UserError(
-        f"llama.cpp has no name that is known here for how the tokenizer in {folder} splits text; "
-        f"{_OF_ANOTHER}"
-    )
-
-
-def _pre_tokenizer(data: dict[str, Any], folder: Path) -> str:
-    """Return llama.cpp's name for the rules by which text is split before merging."""
-    normal = {step["type"] for step in steps_of(data.get("normalizer"))}
-    name = NAMES.get(rules_of(data))
-    if name is None or not normal <= set(_UNICODE):
-        raise _unknown(folder)
-    return name
