@@ -23,27 +23,17 @@ pytestmark = pytest.mark.slow
 
 # Type -> kinds of which some group must be prunable, beside the hidden channels.
 EXPECTED = {
-    "biogpt": {"heads", "head_dim", "ffn"},  # learned positions
-    "blt": {"heads", "query_heads", "ffn"},  # bytes, and patches of them
     "ctrl": {"heads", "head_dim", "ffn"},
     "deepseek_v2": {"heads", "value_dim", "other"},  # rotation of complex numbers
     "deepseek_v32": {"heads", "other", "experts"},  # latent attention with an indexer
-    "dory": {"heads", "query_heads", "head_dim"},
     "emu3": {"heads", "ffn"},  # the text part of a larger model, with a config of its own
     "falcon_h1": {"heads", "query_heads"},  # attention beside a state space
     "gemma3n_text": {"heads", "query_heads", "other"},  # inputs per layer
     "gpt_bigcode": {"heads", "ffn"},  # one key-value head, fused
     "gpt_oss": {"heads", "query_heads", "experts"},  # sinks, biases of experts
-    "inkling2_text": {"heads", "query_heads"},  # residuals over earlier layers
-    "jamba": {"heads", "query_heads", "ffn", "experts"},  # attention between state spaces
-    "lfm3": {"heads", "ffn"},  # frequencies by kind of layer, which look for heads per layer
     "llama4_text": {"heads", "experts"},  # tokens repeated for each expert
-    "longcat_flash": {"heads", "ffn", "layers"},  # two attentions in a layer
     "mamba2": {"heads", "head_dim", "value_dim"},
-    "minimax": {"heads", "query_heads"},  # linear attention with decay
     "nemotron_h": {"heads", "ffn", "experts"},
-    "phimoe": {"heads", "query_heads"},
-    "qwen3_5_text": {"heads", "query_heads", "head_dim"},  # gated, partly rotated
     "recurrent_gemma": {"heads", "ffn"},  # states kept on modules
     "rwkv": {"ffn", "layers"},  # a norm in the first layer only
     "xlnet": {"heads", "head_dim", "ffn"},  # einsum
@@ -53,7 +43,6 @@ EXPECTED = {
 
 # Type -> what is said of its weights read block by block, where it is not "same".
 IN_ONE_PIECE = {
-    "blt": "",  # the cache that it makes asks its config for a number of layers, which has none
     "emu3": "",  # what is saved is no causal model of its own
     "falcon_h1": r".*mup_vector .* is computed in the type of the weights.*",
 }

@@ -83,20 +83,6 @@ def test_one_head_size_for_keys_and_values() -> None:
     assert tables == list(pairs.members[-len(tables) :])
 
 
-def test_head_size_of_each_layer_on_its_own() -> None:
-    _, discovery = discovered("gpt2")
-    for layer in range(3):
-        group = discovery.group(f"layers.{layer}.head_dim")
-        assert group.companions == (Companion(f"layers.{layer}.value_dim", Fraction(1)),)
-
-
-def test_layers_by_module() -> None:
-    _, discovery = discovered("gpt2")
-    layers = discovery.group("layers")
-    assert (layers.size, layers.members) == (3, ())
-    assert layers.modules == ("transformer.h.0", "transformer.h.1", "transformer.h.2")
-
-
 def test_experts_need_aligned_widths() -> None:
     _, discovery = discovered("mixtral")
     assert discovery.group("layers.0.ffn").multiple == 8
@@ -360,7 +346,9 @@ def test_a_run_that_failed_ties_nothing() -> None:
 
 
 def test_model_without_an_embedding() -> None:
-    with pytest.raises(DiscoveryError, match="the model has no token embedding"):
+    with pytest.raises(
+        DiscoveryError, match=r"has no token embedding: .* looks its token ids up in no table"
+    ):
         discover(nn.Linear(4, 4))
 
 

@@ -39,7 +39,7 @@ from llm_pruner.surgery.verify import (
     tolerance,
 )
 from llm_pruner.types import Discovery, IntArray, Removal
-from nets import HIDDEN, Body, Net
+from nets import Body, Net
 from removals import bound_to, pick
 
 
@@ -417,27 +417,6 @@ def test_what_is_refused_is_undone(large: bool, monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(value, state[key]), key
     for one, other in zip(logits, pruned_logits(model, discovery), strict=True):
         assert torch.equal(one, other)
-
-
-class Bounded(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(HIDDEN, 8), nn.Linear(8, HIDDEN)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.up(x).tanh())
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
-def test_what_torchscript_holds_is_put_back() -> None:
-    net = Net(torch.jit.script(Bounded()), Bounded())
-    discovery = discover(net)
-    before = {name: tensor.clone() for name, tensor in net.named_parameters()}
-    undo = surgery.Undo(net)
-    surgery.cut_(net, discovery, pick(discovery, ("ffn",)), undo)
-    assert any(before[name].shape != tensor.shape for name, tensor in net.named_parameters())
-    undo()
-    assert all(torch.equal(before[name], tensor) for name, tensor in net.named_parameters())
 
 
 def test_what_generate_rounds_to_float32_is_no_difference_in_float64() -> None:

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from llm_pruner.discovery.groups import discover
 from llm_pruner.tracing.ops import OPS, operation
@@ -179,89 +178,73 @@ def test_size_used_as_a_number() -> None:
     )
 
 
-def test_strided_slices_tie_neighbours() -> None:
-    discovery = found(Net(Body(lambda x: torch.cat([x[..., ::2], x[..., 1::2]], -1))))
-    pairs = of_kind(discovery, "other")
-    assert members(pairs)["up.weight", 0] == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert members(pairs)["down.weight", 1] == [[0, 4], [1, 5], [2, 6], [3, 7]]
-
-
-@pytest.mark.parametrize(
-    "halves",
-    [
-        lambda x: (x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]),
-        lambda x: torch.tensor_split(x, [x.shape[-1] // 2], dim=-1),
-        lambda x: x.tensor_split(indices=(x.shape[-1] // 2,), dim=2),
-        lambda x: torch.tensor_split(x, 2, dim=-1),
-    ],
-)
-def test_halves_swap_as_in_rotation(halves: Callable[[torch.Tensor], Any]) -> None:
+def rotated(
+    halves: Callable[[torch.Tensor], Any],
+) -> Callable[[torch.Tensor], torch.Tensor]:
     def rotate(x: torch.Tensor) -> torch.Tensor:
         first, second = halves(x)
         return x + torch.cat([-second, first], dim=-1)
 
-    pairs = of_kind(found(Net(Body(rotate))), "other")
-    assert members(pairs)["up.weight", 0] == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    return rotate
 
 
-def test_a_new_tensor_that_nothing_reads_is_as_long_as_what_is_left() -> None:
-    discovery = found(Net(Body(lambda x: (x, x.new_zeros(2, *x.shape))[0])))
-    assert members(of_kind(discovery, "other"))["down.weight", 1] == column(8)
-    # Where it is summed, its length is a number of the model's; others may be sized by it.
-    for read in (
+def negatives_set_to_zero(x: torch.Tensor) -> torch.Tensor:
+    x = x * 1
+    x[x < 0] = 0
+    return x
+
+
+ROTARY = [[0, 4], [1, 5], [2, 6], [3, 7]]
+EIGHT = column(8)
+PRUNABLE: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Any, Any]] = {
+    "strided slices": (
+        lambda x: torch.cat([x[..., ::2], x[..., 1::2]], -1),
+        [[0, 1], [2, 3], [4, 5], [6, 7]],
+        ROTARY,
+    ),
+    "rotation": (
+        rotated(lambda x: (x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :])),
+        ROTARY,
+        ROTARY,
+    ),
+    "rotation by tensor_split": (
+        rotated(lambda x: torch.tensor_split(x, [x.shape[-1] // 2], dim=-1)),
+        ROTARY,
+        ROTARY,
+    ),
+    "an unread new tensor": (lambda x: (x, x.new_zeros(2, *x.shape))[0], EIGHT, EIGHT),
+    "float8": (lambda x: x.to(torch.float8_e4m3fn).to(x.dtype), EIGHT, EIGHT),
+    "repeat": (lambda x: x.repeat(1, 1, 2), EIGHT, [[i, i + 8] for i in range(8)]),
+    "expand": (lambda x: x * torch.ones(1, 1, 1).expand_as(x), EIGHT, EIGHT),
+    "a number written by a mask": (negatives_set_to_zero, EIGHT, EIGHT),
+}
+
+
+@pytest.mark.parametrize("name", PRUNABLE)
+def test_prunable(name: str) -> None:
+    function, up, down = PRUNABLE[name]
+    inner = sum(map(len, down))
+    found_members = members(of_kind(found(Net(Body(function, inner=inner))), "other"))
+    assert found_members["up.weight", 0] == up
+    assert found_members["down.weight", 1] == down
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
         lambda x: x * torch.ones(x.shape[-1]).sum(),
         lambda x: x * CONSTANT.view(x.new_zeros(x.shape[-1]).shape).sum(),
-    ):
-        discovery = found(Net(Body(read)))
-        assert "cannot follow" in str(of_kind(discovery, "other").frozen)
-
-
-def test_numbers_of_one_byte() -> None:
-    rounded = Body(lambda x: x.to(torch.float8_e4m3fn).to(x.dtype))
-    assert members(of_kind(found(Net(rounded)), "other"))["down.weight", 1] == column(8)
+    ],
+)
+def test_the_length_of_a_new_tensor_that_is_read(read: Any) -> None:
+    discovery = found(Net(Body(read)))
+    assert "cannot follow" in str(of_kind(discovery, "other").frozen)
 
 
 def test_layers_must_follow_each_other() -> None:
     # The caller adds the input to each body's output: a body cannot be replaced by its input.
     discovery = found(Net(Gated(), Gated()))
     assert "layers" not in {group.kind for group in discovery.groups}
-
-
-def test_repeated_copies_shrink_together() -> None:
-    discovery = found(Net(Body(lambda x: x.repeat(1, 1, 2), inner=16)))
-    down = members(of_kind(discovery, "other"))["down.weight", 1]
-    assert down == [[i, i + 8] for i in range(8)]
-
-
-def test_copies_that_adapt_to_their_partner() -> None:
-    discovery = found(Net(Body(lambda x: x * torch.ones(1, 1, 1).expand_as(x))))
-    assert members(of_kind(discovery, "other"))["down.weight", 1] == column(8)
-
-
-def test_a_number_written_where_a_mask_says_moves_nothing() -> None:
-    def between(x: torch.Tensor) -> torch.Tensor:
-        x = x * 1
-        x[x < 0] = 0
-        return x
-
-    discovery = found(Net(Body(between)))
-    assert members(of_kind(discovery, "other"))["down.weight", 1] == column(8)
-
-
-def test_depthwise_convolution_follows_its_channels() -> None:
-    class Mixer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.down = nn.Linear(HIDDEN, 8), nn.Linear(8, HIDDEN)
-            self.conv = nn.Conv1d(8, 8, 3, groups=8, padding=1)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.down(torch.relu(self.conv(self.up(x).transpose(1, 2))).transpose(1, 2))
-
-    discovery = found(Net(Mixer()))
-    inner = members(of_kind(discovery, "other"))
-    assert inner["conv.weight", 0] == inner["conv.bias", 0] == column(8)
-    assert reasons(discovery, "conv.weight", 2) == "a convolution runs along it"
 
 
 CONSTANT = torch.linspace(0.5, 1.5, 8)
@@ -372,32 +355,3 @@ def test_largest_activations_leave_as_many_as_are_taken() -> None:
 
     ffn = of_kind(found(Net(Body(largest))), "ffn")
     assert (ffn.size, ffn.least) == (8, 3)
-
-
-def test_multihead_attention_of_torch_is_frozen() -> None:
-    class Wrapped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.MultiheadAttention(HIDDEN, 3, batch_first=True)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.inner(x, x, x, need_weights=False)[0]
-
-    discovery = discover(Net(Wrapped()))
-    assert not [group for group in discovery.groups if group.frozen is None]
-    assert "inside multi_head_attention_forward" in str(
-        reasons(discovery, "inner.in_proj_weight", 0)
-    )
-
-
-# Remote code still has such functions; torch 2.15 warns of them.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
-def test_compiled_code_is_frozen() -> None:
-    discovery = discover(Net(Body(torch.jit.script(_halves_swapped))))
-    stuck = {(axis.tensor, axis.dim) for axis in discovery.frozen}
-    assert ("bodies.0.up.weight", 0) in stuck
-
-
-def _halves_swapped(x: torch.Tensor) -> torch.Tensor:
-    parts = x.reshape(x.shape[0], x.shape[1], 2, 4)
-    return parts.flip(2).reshape(x.shape[0], x.shape[1], 8)

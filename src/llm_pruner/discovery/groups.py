@@ -1,4 +1,4 @@
-"""From a trace to groups: which units a model has, of what kind, and what binds them."""
+"""From a trace to groups: the prunable units of a model, their kinds, and what ties them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import nn
 
+from llm_pruner.discovery.atom_runs import Runs
 from llm_pruner.discovery.layers import layer_groups, outer_lists
 from llm_pruner.errors import DiscoveryError, InfeasibleError
 from llm_pruner.models.forward import module_of, token_ids
@@ -42,19 +43,20 @@ from llm_pruner.types import (
 def discover(
     model: nn.Module, *, forward: Forward = forward_with_cache, tokens: torch.Tensor | None = None
 ) -> Discovery:
-    """Find what can be removed from a model, by running it once on a few tokens.
+    """Find what can be removed from a model by tracing it on a few tokens.
 
     Args:
         model: any language model that maps token ids to logits; it is not changed.
         forward: how to run it; the default uses the cache of ``transformers`` models.
-        tokens: token ids (batch, sequence) in place of a few random ones; it is run in other ways
-            too, and all are what a cut is compared on.
+        tokens: token ids (batch, sequence) to use for the first run instead of random ones.
 
     Raises:
-        DiscoveryError: the model could not be run or has no token embedding.
-        UserError: the tokens have another shape or are none of the model's; or it is no module.
+        DiscoveryError: the model cannot be run or has no token embedding.
+        UserError: the model is no module, or the tokens do not fit it.
     """
     model = module_of(model)
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise DiscoveryError("a module of the model is in TorchScript, which cannot be traced")
     if tokens is not None:
         tokens = token_ids(tokens, model)
     plain = forward is forward_with_cache
@@ -65,7 +67,7 @@ def discover(
     except DiscoveryError:
         if forward is not forward_with_cache or not is_of_transformers(model):
             raise
-        # Some models cannot be run with their cache by hand, others have none.
+        # Some models have no cache, or none that can be passed by hand.
         scenes = (replace(scenes[0], run=forward_without_cache), *scenes[1:])
         run = run_trace(model, scenes)
     trace, aliases = run.trace, run.aliases
@@ -94,19 +96,16 @@ def discover(
 
 
 _PIECES = 8
-"""Units of a group, evenly spaced, whose removal is tried alone."""
+"""Evenly spaced units of a group whose removal is tried alone."""
 
-# Elements of 16 bytes in bfloat16 and float16, and twice that in float32.
 _ALIGNMENT = 8
+"""Elements in the 16 bytes that grouped products need, in bfloat16 and float16."""
 
 _ROUTED: tuple[Role, ...] = ("normalised", "query_key", "activation")
 
-# Code that collects states until there are enough does not use them in a short run.
-_UNUSED = "the traced run did not use what it computes"
-
 
 class _Builder:
-    """Collects the atoms of all tensors and sorts them into groups."""
+    """Sorts the atoms of all tensors into groups."""
 
     def __init__(
         self, run: Run, tensors: Mapping[str, tuple[tuple[int, ...], bool]], lists: list[str]
@@ -129,7 +128,7 @@ class _Builder:
         self.chosen_from = self._flags(atoms for atoms, _, _ in self.choices)
 
     def _flags(self, parts: Iterable[IntArray]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Return by atom whether it is in any of these arrays."""
+        """Return for every atom whether it is in any of these arrays."""
         flags = np.zeros(len(self.atoms), dtype=bool)
         for part in parts:
             flags[part] = True
@@ -143,7 +142,7 @@ class _Builder:
         return bool(self.roles[role][units].any())
 
     def _choices(self) -> Iterator[tuple[IntArray, int, int]]:
-        """Yield (atoms of the axis, how many are chosen, how many could be) once each."""
+        """Yield each distinct choice: (atoms of the axis, number chosen, number available)."""
         found: dict[tuple[bytes, int], tuple[IntArray, int]] = {}
         for choice in self.trace.choices:
             atoms = np.unique(self.atoms.resolve(choice.rows))
@@ -161,46 +160,18 @@ class _Builder:
 
     def _found(self) -> list[tuple[Group, IntArray]]:
         """Return the groups without names, and the atoms of their units."""
-        runs = self._runs()
-        if not runs.atoms.size:
-            return []
-        # Atoms with equal counts on equal axes are units of one group.
-        signature = np.add.reduceat(_mix(runs.axes, runs.counts), runs.heads)
-        for bit, flags in enumerate(self.roles.values()):
-            known = flags[runs.atoms].astype(np.int64)
-            signature = signature + _mix(np.full(len(known), -1 - bit), known)
-        by_signature: dict[int, list[int]] = defaultdict(list)
-        for place, value in enumerate(signature.tolist()):
-            by_signature[value].append(place)
+        runs = Runs.of(self.atoms, [self.trace.tensors[name] for name in self.names])
         found = [
             group
-            for places in by_signature.values()
-            for part in _factors(np.array(places), runs)
+            for places in runs.alike(list(self.roles.values()))
+            for part in runs.factors(places)
             if (group := self._group(part, runs)) is not None
         ]
         found = self._one_factor(found)
         # Of two groups of one place, the one that can shrink is named first.
         return sorted(found, key=lambda one: (*_first_use(one[0]), bool(one[0].frozen)))
 
-    def _runs(self) -> _Runs:
-        """Return where the atoms lie."""
-        parts = [np.zeros((3, 0), dtype=np.int64)]
-        for number, name in enumerate(self.names):
-            for dim, rows in enumerate(self.trace.tensors[name]):
-                resolved = self.atoms.resolve(rows)
-                place, column = np.nonzero(resolved)
-                axis = np.full(len(place), number * 16 + dim, dtype=np.int64)
-                parts.append(np.stack([resolved[place, column], axis, place]))
-        # Within an atom, axes and positions are in order already.
-        every = np.concatenate(parts, axis=1)
-        atoms, axes, positions = every[:, np.argsort(every[0], kind="stable")]
-        new = (np.diff(atoms, prepend=-1) != 0) | (np.diff(axes, prepend=-1) != 0)
-        starts = np.flatnonzero(new)
-        heads = np.flatnonzero(np.diff(atoms[starts], prepend=-1))
-        counts = np.diff(starts, append=len(atoms))
-        return _Runs(atoms[starts][heads], axes[starts], counts, starts, heads, positions)
-
-    def _group(self, places: IntArray, runs: _Runs) -> tuple[Group, IntArray] | None:
+    def _group(self, places: IntArray, runs: Runs) -> tuple[Group, IntArray] | None:
         """Return a group without a name, and the atoms of its units; None if it has no weights."""
         built = self._members(places, runs)
         if built is None:
@@ -208,10 +179,11 @@ class _Builder:
         members, units = built
         aligned, even = self._any("aligned", units), self._any("even", units)
         path, layer = self._place(members)
-        frozen = None if self._any("read", units) and not _alone(members) else _UNUSED
-        least = self._least(units)
-        if least >= len(units):
-            frozen = frozen or "all of its units are chosen for every token"
+        frozen, least = None, self._least(units)
+        if not self._any("read", units) or _is_one_position(members):
+            frozen = "the traced run did not use what it computes"
+        elif least >= len(units):
+            frozen = "all of its units are chosen for every token"
         group = Group(
             *("", self._kind(units, members), layer, len(units), members),
             multiple=_ALIGNMENT if aligned else 2 if even else 1,
@@ -222,9 +194,9 @@ class _Builder:
         return group, units
 
     def _one_factor(self, found: list[tuple[Group, IntArray]]) -> list[tuple[Group, IntArray]]:
-        """Let only one factor shrink of an axis from which a fixed number is chosen.
+        """Let one factor only shrink of an axis from which a fixed number is chosen.
 
-        Of experts in groups either whole groups could go, or some of each group. Each alone leaves
+        Of grouped experts, whole groups could go, or experts of each group. Each alone leaves
         enough to choose from; both together may not.
         """
         owner = np.full(len(self.atoms), -1, dtype=np.int64)
@@ -242,7 +214,7 @@ class _Builder:
             for place, (group, units) in enumerate(found)
         ]
 
-    def _members(self, places: IntArray, runs: _Runs) -> tuple[tuple[Member, ...], IntArray] | None:
+    def _members(self, places: IntArray, runs: Runs) -> tuple[tuple[Member, ...], IntArray] | None:
         """Return the members of a group and the atoms of its units; None if it has no weights."""
         first, last = np.r_[runs.heads, len(runs.axes)][places[0] : places[0] + 2]
         places = places[np.argsort(runs.positions_of(places)[:, 0], kind="stable")]
@@ -283,10 +255,10 @@ class _Builder:
         return len(places) > len({place[0] for place in places if place is not None})
 
     def _least(self, units: IntArray) -> int:
-        """Return how many units must stay so that as many can be chosen as the code chooses.
+        """Return how many units must stay for the router to choose as many as it does.
 
-        An axis with n units, of whose positions ``available`` can be chosen, offers
-        kept / n * available of them (a unit of grouped experts is one expert of each group).
+        Of an axis with n units and ``available`` choices, kept / n * available choices are left (a
+        unit of grouped experts is one expert of each group).
         """
         least = 1
         if not self.chosen_from[units].any():
@@ -322,7 +294,7 @@ class _Builder:
         return groups
 
     def _in_blocks(self, groups: list[Group]) -> list[Group]:
-        """Give query heads as blocks the units of their key-value heads."""
+        """Set the blocks of query heads: the key-value head that each one reads."""
         block_of, unit_of, group_of = np.full((3, len(self.atoms)), -1, dtype=np.int64)
         outer_of = np.zeros(len(self.atoms), dtype=np.int64)
         for ragged in self.trace.ragged:
@@ -349,11 +321,11 @@ class _Builder:
         return result
 
     def _kept_for_unreached(self, groups: list[Group]) -> list[Group]:
-        """Freeze groups that a parameter may read which the run did not reach.
+        """Freeze groups that may have to shrink a parameter which the run did not reach.
 
-        That is one of a module used in training alone, or for images: it may, if it has an axis of
-        that length, and lies where activations of the group are at hand. Hidden states are
-        everywhere, as what writes images into them; other experts stand beside those of text.
+        That is a parameter used in training only, or for images, with an axis of the group's
+        length, in a module that has the group's activations. Hidden states reach everywhere, and
+        experts of images stand beside those of text.
         """
         order = self.trace.order
         reached = {*order, *(name for name, first in self.aliases.items() if first in order)}
@@ -372,24 +344,18 @@ class _Builder:
             around = wider.get(group.kind, common)
             sizes = {group.size, *(member.index.shape[1] for member in group.members)}
             sizes |= {self.tensors[member.tensor][0][member.dim] for member in group.members}
-            missing = next(
-                (
-                    name
-                    for size in sorted(sizes - {1})
-                    for caller, name in missed[size].items()
-                    if around in _paths(f"{caller}.")
-                ),
-                None,
-            )
-            why = (
-                missing and f"{missing} was not reached by the forward pass and may have to follow"
-            )
-            result.append(replace(group, frozen=group.frozen or why))
+            near = [
+                f"{name} was not reached by the forward pass and may have to follow"
+                for size in sorted(sizes - {1})
+                for caller, name in missed[size].items()
+                if around in _paths(f"{caller}.")
+            ]
+            result.append(replace(group, frozen=group.frozen or next(iter(near), None)))
         return result
 
     def _bind(self, groups: list[Group]) -> list[Group]:
-        """Add companions, and freeze groups that no size of the model's code can express."""
-        # Query-key channels lead: value channels follow them where one attribute sizes both.
+        """Add companions, and freeze groups that the sizes in the model's code cannot follow."""
+        # Query-key channels first: value channels follow where one attribute sizes both.
         ranked = sorted(groups, key=lambda group: group.kind != "head_dim")
         group_of = np.full(len(self.atoms), -1, dtype=np.int64)
         for number, group in enumerate(ranked):
@@ -416,10 +382,10 @@ class _Builder:
         ]
 
     def _trial(self, group: Group, by_name: dict[str, Group]) -> str | None:
-        """Remove the fewest units that go together; return why the sizes cannot follow, or None.
+        """Try to remove the fewest units; return why the sizes cannot follow, or None.
 
-        The first ones and the last ones: code that cuts an axis in half needs as many of both. And
-        some between them where the code makes pieces of an axis by sizes of their own.
+        The first ones, the last ones (code may cut an axis in half), and some between them (code
+        may split an axis into pieces of sizes of their own).
         """
         ratios = bound_to(group.name, by_name)
         unit = int(np.lcm.reduce([ratio.denominator for ratio in ratios.values()]))
@@ -458,9 +424,9 @@ class _Builder:
         return None
 
     def frozen_axes(self) -> list[FrozenAxis]:
-        """Return the axes of parameters, or parts of them, that no removal can reach."""
+        """Return the parameter axes, or parts of them, that cannot be pruned."""
         result = []
-        # Heads that stay, though the channels within them may go.
+        # Heads may be frozen while the channels in them are not.
         heads = np.concatenate(
             [self.atoms.frozen_in(np.unique(rows)) for rows in self.trace.roles.get("head", [])]
             or [np.zeros(0, dtype=np.int64)]
@@ -481,78 +447,17 @@ class _Builder:
         return result
 
 
-class _Runs(NamedTuple):
-    """Where atoms lie: one run for each atom and each axis that it is on, by atom and then by axis.
-
-    Attributes:
-        atoms: each once, in order; its place here is its number.
-        axes: number of the axis, by run.
-        counts: at how many positions of it, by run.
-        starts: where these are in ``positions``, by run.
-        heads: number of an atom -> its first run.
-        positions: along the axes.
-    """
-
-    atoms: IntArray
-    axes: IntArray
-    counts: IntArray
-    starts: IntArray
-    heads: IntArray
-    positions: IntArray
-
-    def positions_of(self, places: IntArray, offset: int = 0) -> IntArray:
-        """Return where some atoms, which are alike, lie on one of their axes; (atoms, count)."""
-        runs = self.heads[places] + offset
-        return self.positions[self.starts[runs][:, None] + np.arange(self.counts[runs[0]])]
-
-
-def _factors(places: IntArray, runs: _Runs) -> list[IntArray]:
-    """Divide atoms with equal counts on equal axes where they share positions.
-
-    A product of two axes of equal length (two groups of two experts) gives the atoms of both the
-    same counts. Atoms of one factor never meet at a position, and meet all those of the other.
-    """
-    index = runs.positions_of(places)
-    if len(np.unique(index)) == index.size:
-        return [places]
-    there = np.zeros((len(places), int(index.max()) + 1), dtype=bool)
-    np.put_along_axis(there, index, values=True, axis=1)
-    meets = (there.astype(np.int64) @ there.T.astype(np.int64)) > 0
-    parts: list[IntArray] = []
-    left = np.arange(len(places))
-    while left.size:
-        part = left[:1]
-        while True:
-            grown = left[~meets[np.ix_(left, part)].all(axis=1) | np.isin(left, part)]
-            if len(grown) == len(part):
-                break
-            part = grown
-        parts.append(places[part])
-        left = np.setdiff1d(left, part)
-    return parts
-
-
 def _first_use(group: Group) -> tuple[int, str]:
-    """Return when the first weight of a group is used, and its name."""
     return group.members[0].order, group.members[0].tensor
 
 
-def _alone(members: tuple[Member, ...]) -> bool:
-    """Whether a single position of a single weight is all that a unit has: no weight reads it."""
+def _is_one_position(members: tuple[Member, ...]) -> bool:
+    """Whether a unit is one position of one weight, which no other weight reads."""
     weights = [member for member in members if not member.buffer]
     return len(weights) == 1 and weights[0].index.shape[1] == 1
 
 
-def _mix(axes: IntArray, counts: IntArray) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """Hash (axis, count) pairs to 64 bits (splitmix64), to be summed over the pairs of an atom."""
-    with np.errstate(over="ignore"):
-        x = axes.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + counts.astype(np.uint64)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-
 def _paths(name: str) -> list[str]:
-    """Return the modules around a tensor, the whole model first."""
+    """Return the paths of the modules around a tensor, the whole model first."""
     parts = name.split(".")[:-1]
     return [".".join(parts[:count]) for count in range(len(parts) + 1)]

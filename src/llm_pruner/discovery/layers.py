@@ -1,4 +1,4 @@
-"""Which layers can go whole: those that map the residual stream onto itself."""
+"""Which layers can be removed whole: those that map the hidden state onto itself."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from llm_pruner.types import Group
 
 
 def outer_lists(model: nn.Module) -> list[str]:
-    """Return the names of the lists of layers that lie in no other, and share none with another."""
+    """Return the names of the lists of layers that are in no other and share no layer with one."""
     lists: dict[str, Any] = {
         name: module for name, module in model.named_modules() if is_layer_list(module)
     }
     kept: set[int] = set()
     found = []
-    # Of a module list and a sequence of its modules, it is the former.
+    # If a module list and a sequence share modules, take the module list.
     for name, module in sorted(lists.items(), key=lambda one: type(one[1]) is nn.Sequential):
         inside = any(name.startswith(f"{other}.") for other in lists)
         if not inside and kept.isdisjoint(own := {*map(id, module)}):
@@ -35,7 +35,7 @@ def outer_lists(model: nn.Module) -> list[str]:
 
 
 def layer_groups(model: nn.Module, run: Run) -> tuple[list[Group], frozenset[tuple[str, str, str]]]:
-    """Return groups of layers that map the residual stream onto itself; ``Graph.own_numbers``."""
+    """Return the groups of layers, and ``Graph.own_numbers``."""
     own: set[tuple[str, str, str]] = set()
     trace, calls, by_place = run.trace, run.layers.axes, run.layers.by_place()
     groups: list[Group] = []
@@ -66,29 +66,24 @@ def layer_groups(model: nn.Module, run: Run) -> tuple[list[Group], frozenset[tup
         if reason is None and (skips or parent in by_place):
             reason = _depends_on_place(model, run, parent, children)
             rest = children[1:]
-            # The first may be what others go by, such as by how much it has in the cache.
+            # Others may depend on the first, such as on its length in the cache.
             if reason and len(rest) > 1 and not _depends_on_place(model, run, parent, rest):
                 reason, children = None, rest
         if len(children) < 2:
             reason = "the model needs all layers but one"
-        groups.append(
-            Group(
-                *(name, "layers", None, len(children), ()),
-                frozen=reason,
-                modules=tuple(children),
-                path=parent,
-            )
-        )
+        size, modules = len(children), tuple(children)
+        group = Group(name, "layers", None, size, (), frozen=reason, modules=modules, path=parent)
+        groups.append(group)
     return groups, frozenset(own)
 
 
 def _own_numbers(
     model: nn.Module, trace: Trace, parent: str
 ) -> tuple[set[tuple[str, str, str]], str | None]:
-    """Return the numbers of layers that are calculated with, and why layers must stay, or None.
+    """Return the numbers of layers that code calculates with, and why layers must stay, or None.
 
-    A number that a layer finds its cache by must follow when layers before it go, one that it
-    calculates with must not; one that does both can do neither.
+    A number that finds the layer's cache must change when layers before it go; one that is
+    calculated with must not. A number used in both ways keeps all layers.
     """
     looked_up: set[Expr] = set()
     calculated: dict[Expr, str] = {}
@@ -116,11 +111,10 @@ def _own_numbers(
 def _depends_on_place(
     model: nn.Module, run: Run, parent: str, children: Sequence[str]
 ) -> str | None:
-    """Return what layers are given by their place in the list, or None.
+    """Return which input of a layer depends on its place in the list, or None.
 
-    Layers may be given different things by name: by what they say of themselves, or by a list in
-    the settings that is cut with them. So some are taken out, and those that stay must be given
-    what they were given before.
+    Layers may get different inputs by a property of their own, or by a list in the config that is
+    cut with them. So some layers are removed, and the others must get the same inputs as before.
     """
     numbers = [int(child.rpartition(".")[2]) for child in children]
     dense = run.layers.given[parent]
@@ -135,7 +129,7 @@ def _depends_on_place(
         for number in kept:
             now = again.given[parent][number - sum(other < number for other in gone)]
             where = run.layers.where[parent]
-            if not now and len(kept) > 1:  # nothing is noted of a single one
+            if not now and len(kept) > 1:  # nothing is recorded for a single layer
                 return f"whether a layer runs depends on its place in the list ({where})"
             for name in different(dense[number], now):
                 return f"{name} of a layer depends on its place in the list ({where})"
@@ -147,7 +141,7 @@ def _why_fixed(model: nn.Module, trace: Trace) -> str | None:
     held = [rows.ravel() for axes in trace.tensors.values() for rows in axes]
     atoms = trace.atoms.find(np.concatenate([np.zeros(0, np.int64), *held]))
     for equation in trace.equations:
-        # A state that is made anew in each run has as many entries as there are layers by then.
+        # A state that each run makes anew has as many entries as there are layers then.
         rows = trace.atoms.find(equation.rows)
         if equation.where == "new tensor" and not np.isin(rows, atoms[atoms > 0]).any():
             continue
@@ -161,7 +155,7 @@ def _why_fixed(model: nn.Module, trace: Trace) -> str | None:
         for name in ("layer_types", "layers_block_type"):
             kinds = getattr(settings, name, None)
             keys = {name, *(getattr(settings, "attribute_map", None) or {}).values()}
-            # A property, without a value of its own, follows from the number of each layer.
+            # A property without a stored value follows from the number of each layer.
             values = getattr(settings, "__dict__", {})
             stored = any(value == kinds for key, value in values.items() if key in keys)
             if isinstance(kinds, list | tuple) and len(set(kinds)) > 1 and not stored:
@@ -170,16 +164,13 @@ def _why_fixed(model: nn.Module, trace: Trace) -> str | None:
 
 
 def _opens(model: nn.Module, children: list[str]) -> bool:
-    """Whether the first layer holds a part that no other has (a norm of the embeddings).
-
-    Its code runs that part by the number of the layer, so whatever comes first must have it.
-    """
+    """Whether the first layer has a part that no other has, as a norm of the embeddings."""
     parts = [{name for name, _ in model.get_submodule(c).named_children()} for c in children]
     return parts[0] > set().union(*parts[1:])
 
 
 def _lends(model: nn.Module, child: str) -> bool:
-    """Whether weights go by the name of a layer that are used outside of it, too."""
+    """Whether a layer's weights are used outside of it under another name."""
     layer = model.get_submodule(child)
     own = {id(weight) for weight in layer.parameters()}
     places = model.named_modules(remove_duplicate=False)
@@ -194,7 +185,7 @@ def _lends(model: nn.Module, child: str) -> bool:
 
 
 def _held_elsewhere(model: nn.Module, parent: str) -> str | None:
-    """Return why layers must stay if something else than their list holds them, or None."""
+    """Return what holds layers of a list as well, which keeps them, or None."""
     layers: Any = model.get_submodule(parent)
     own = {id(layer) for layer in layers}
     for name, module in model.named_modules():
@@ -206,8 +197,8 @@ def _held_elsewhere(model: nn.Module, parent: str) -> str | None:
 def _passes_through(trace: Trace, calls: list[Any], *, whole: bool = False) -> bool:
     """Whether the last axis of a layer's output is that of its input; with ``whole``, all axes.
 
-    Behind a layer that numbers another axis anew, such as parallel streams, other units would be
-    removed than before it; without the layer the two would meet.
+    Otherwise (a layer that mixes parallel streams anew) other units would be removed before the
+    layer than behind it, and they would meet without it.
     """
     return all(
         pairs is not None and all(trace.atoms.same(*pair) for pair in pairs[: None if whole else 1])

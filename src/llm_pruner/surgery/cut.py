@@ -262,13 +262,6 @@ class Undo:
 
     def __init__(self, model: nn.Module) -> None:
         self._held = {id(space): (space, dict(space)) for space in spaces_of(model)}
-        # TorchScript keeps what a module holds outside of Python.
-        scripted = (one for one in model.modules() if isinstance(one, torch.jit.ScriptModule))
-        self._scripted = [
-            (module, key, parameter)
-            for module in scripted
-            for key, parameter in module.named_parameters(recurse=False)
-        ]
         large = sum(parameter.numel() for parameter in model.parameters()) > _BY_PARTS
         # What was there of a streamed model is in its files.
         self._by_parts = large and not is_model_streamed(model)
@@ -287,8 +280,6 @@ class Undo:
         for space, before in self._held.values():
             space.clear()
             space.update(before)
-        for module, key, parameter in self._scripted:
-            setattr(module, key, parameter)
         for (places, taken), left in zip(self._parts, kept, strict=True):
             data = left.detach()
             for dim, positions, part in reversed(taken):

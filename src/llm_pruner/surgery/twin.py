@@ -8,6 +8,7 @@ not share the surgery's way of being wrong.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -250,7 +251,7 @@ def _twin_scene(
 ) -> Logits:
     """Run a scene of a model in view whose removed units are silenced."""
     graph = discovery.graph
-    trace = Trace(atoms=graph.trace.atoms.copy(), tensors=dict(graph.trace.tensors))
+    trace = Trace(atoms=copy.deepcopy(graph.trace.atoms), tensors=dict(graph.trace.tensors))
     deleted = graph.system.with_replicas(graph.deleted(removal))
     twin = _Twin(trace, deleted)
     gone = removed_modules(discovery, removal)

@@ -1,19 +1,18 @@
-"""Deletion events ("atoms") and what is known about which of them must happen together.
+"""Deletion events ("atoms"), and which of them must happen together.
 
-An axis of a tensor is described by *rows*: an int64 array of shape (n, k), one row of atoms per
-position, padded with 0. A position survives if none of its atoms is deleted; a row without atoms is
-never deleted (frozen). Unifying two axes states that position i of one is deleted exactly when
-position i of the other is. All of it is arrays and union-find; nothing loops over channels.
+*Rows* describe an axis of a tensor: an int64 array of shape (n, k), the atoms of each position,
+padded with 0. A position is deleted with any of its atoms; a row without atoms is never deleted
+(frozen). Unifying two axes states that position i of one is deleted exactly when position i of the
+other is. Everything is arrays and union-find; nothing loops over channels.
 
-Row by row, after common atoms are dropped: one atom and one become one class; one is *substituted*
-by several (a projection's row becomes {head, channel}); several and as many are paired column by
-column; and what meets no atom is frozen. Whatever is deleted afterwards, both sides agree. Only
-freedom is lost.
+``unify`` drops common atoms and then goes row by row: one atom and one become one class; one is
+*substituted* by several (a projection's row becomes {head, channel}); several and as many are
+paired by column; an atom without a partner is frozen. Both sides then agree whatever is deleted;
+some freedom may be lost.
 """
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from llm_pruner.types import IntArray
 NO_ATOM = 0
 
 WEAK_REASONS = frozenset({"the batch", "the sequence", "a constant in the code"})
-"""True of some axis in nearly every product of axes, so any other reason says more."""
+"""True of some axis in nearly every product, so any other reason says more."""
 
 
 class Atoms:
@@ -40,27 +39,17 @@ class Atoms:
         self._table_size = 0
         self._reasons: dict[str, int] = {"": 0}
 
-    def copy(self) -> Atoms:
-        """Return an independent copy, without the room that this one has to grow."""
-        new = copy.copy(self)
-        for name in ("_parent", "_substitute", "_frozen", "_replica"):
-            setattr(new, name, getattr(self, name)[: self._size].copy())
-        new._table = self._table[: self._table_size].copy()
-        new._reasons = dict(self._reasons)
-        return new
-
     def __len__(self) -> int:
         return self._size
 
     def fresh(self, count: int, *, replica: bool = False) -> IntArray:
         """Return rows (count, 1) of new atoms.
 
-        A *replica* axis comes from ``expand``: its positions all hold the same values, which is why
-        its units may later be chosen freely (see ``is_replica``).
+        The positions of a *replica* axis, from ``expand``, all hold the same values, so any of them
+        may be removed (see ``is_replica``).
         """
         start, stop = self._size, self._size + count
         if stop > len(self._parent):
-            # Of a large model there are millions, of which the twin has a copy for each scene.
             room = len(self._parent) + max(1024, len(self._parent) // 8)
             more = (0, max(stop, room) - len(self._parent))
             self._parent, self._frozen = np.pad(self._parent, more), np.pad(self._frozen, more)
@@ -87,7 +76,7 @@ class Atoms:
         return roots
 
     def resolve(self, rows: IntArray) -> IntArray:
-        """Return rows in terms of live representatives: no frozen, substituted or repeated atom."""
+        """Return rows of live representatives: no frozen, substituted or repeated atoms."""
         rows = self.find(rows)
         if rows.size == 0:
             return np.zeros((len(rows), 0), dtype=np.int64)
@@ -106,7 +95,6 @@ class Atoms:
                 wide[hit] = self._table[self._substitute[rows[hit, column]]]
                 columns.append(wide)
             rows = self.find(np.concatenate(columns, axis=1))
-        # What ``find`` and ``concatenate`` gave belongs to no one else.
         frozen = self._frozen[rows] > 0
         if _any(frozen):
             rows[frozen] = NO_ATOM
@@ -126,7 +114,7 @@ class Atoms:
         return self.first_reason(self.frozen_in(rows))
 
     def frozen_in(self, rows: IntArray) -> IntArray:
-        """Return the frozen atoms among ``rows`` and in what they were substituted by."""
+        """Return the frozen atoms among ``rows`` and their substitutes."""
         pending = self.find(rows.ravel())
         found = [pending[:0]]
         while pending.size:
@@ -136,14 +124,14 @@ class Atoms:
         return np.concatenate(found)
 
     def first_reason(self, frozen: IntArray) -> str | None:
-        """Return why the first of these frozen atoms is frozen, a weak reason last; or None."""
+        """Return why the first of these atoms is frozen, preferring strong reasons; or None."""
         known = [*self._reasons]
         reasons = [known[i] for i in dict.fromkeys(self._frozen[frozen].tolist())]
         strong = [reason for reason in reasons if reason not in WEAK_REASONS]
         return next(iter([*strong, *reasons]), None)
 
     def _why_tied(self, fixed: IntArray, live: IntArray) -> str:
-        """Return why ``fixed`` cannot shrink; what ``live`` holds as well is not the cause."""
+        """Return why ``fixed`` cannot shrink, apart from what ``live`` holds as well."""
         frozen = self.frozen_in(fixed)
         cause = frozen[~np.isin(frozen, self.frozen_in(live))]
         reason = self.first_reason(cause) or self.first_reason(frozen)

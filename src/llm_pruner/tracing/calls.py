@@ -1,9 +1,8 @@
-"""What the children of module lists are given and return.
+"""The inputs and outputs of the children of module lists.
 
-``Layers`` sees whether a child could be left out. One that is given something by its place in the
-list (a mask by parity, a scale by index) is given something else once children before it are gone,
-so all that is given is compared by value, but for what the child itself returned in a call before.
-``Siblings`` runs what no token reached.
+``Layers`` tells whether a layer could be removed. A layer whose inputs depend on its place in the
+list (a mask by parity, a scale by index) would get other inputs once layers before it are gone. So
+the inputs of all layers are compared by value. ``Siblings`` runs experts that no token reached.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ _DEPTH = 4
 _MANY = 1 << 22
 
 Given = dict[str, Any]
-"""Where in the arguments -> a value that is equal if what was given is."""
+"""Place in the arguments -> the value, or a digest of a tensor's values."""
 
 
 def hidden_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Return the hidden states among a module's arguments: the first, or the first of floats."""
+    """Return the hidden states among a module's arguments: the first, or the first float tensor."""
     if args:
         return args[0]
     named = kwargs.get("hidden_states")
@@ -43,14 +42,13 @@ def hidden_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 class Layers:
-    """Notes for each child of each module list what it was given, and if it could be left out.
+    """Records for each layer of each module list its inputs, and whether it could be left out.
 
     Attributes:
-        axes: child -> at each call pairs of rows, of an axis of its input and the same of its
-            output: the last one first, then what lies between (streams), without batch and
-            sequence; None where its output cannot replace its input.
-        given: module list -> number of the child -> what it was given, call by call.
-        where: module list -> the line of code that calls its children.
+        axes: layer -> for each call the (input, output) rows of the last axis and then of those
+            between sequence and last axis (streams); None if the output cannot replace the input.
+        given: module list -> number of the layer -> its inputs, call by call.
+        where: module list -> the line of code that calls its layers.
     """
 
     def __init__(self, model: nn.Module, tracer: Tracer) -> None:
@@ -72,8 +70,7 @@ class Layers:
             for path, module in model.named_modules()
             if is_layer_list(module) and len(module) > 1
             for index, child in module._modules.items()
-            # A place may be empty, and TorchScript takes no hooks. What has a name was added.
-            if _takes_hooks(child) and index.isdigit()
+            if child is not None and index.isdigit()
             for register, note in (
                 (child.register_forward_pre_hook, self._enter),
                 (child.register_forward_hook, self._note),
@@ -81,7 +78,7 @@ class Layers:
         ]
 
     def _enter(self, parent: str, index: str, _: nn.Module, args: Any, kwargs: Any) -> None:
-        """Note whether a child is given what the one before it returned, and nothing added."""
+        """Record whether a layer gets the very output of the one before it."""
         source = hidden_in(args, kwargs)
         before, version = self._last.get(parent, (None, 0))
         first = self._first.setdefault(parent, index) == index
@@ -118,10 +115,10 @@ class Layers:
         self.axes[f"{parent}.{index}"].append(pairs)
 
     def _stands_alone(self, parent: str, source: Any, args: Any, kwargs: Any) -> bool:
-        """Whether a child is given nothing of the ones before it but the hidden states.
+        """Whether the hidden states are all that a layer gets of the layers before it.
 
-        Not so if it is given what the last one returned beside them, or another tensor of the
-        hidden size that is not the same for all children (the states of earlier layers).
+        Not so if it gets something else that the last one returned, or another tensor of the hidden
+        size that is not the same for all layers (the states of earlier layers).
         """
         alone = True
         made = self._beside.get(parent, [])
@@ -152,13 +149,13 @@ class Layers:
         return self._digests[value]
 
     def _named(self, weight: torch.Tensor) -> Any:
-        """Return what is equal for a weight alone: its name, or, of a view, when it was given."""
+        """Return a value that is equal for this weight only: its name, or a number for a view."""
         name = self._tracer.names.get(weight)
         self._views += name is None
         return ("view", self._views) if name is None else name
 
     def by_place(self) -> dict[str, str]:
-        """Return the module lists whose children are given different things -> what and where."""
+        """Return the module lists whose layers get different inputs -> which input and where."""
         found = {}
         for path, children in self.given.items():
             first, *others = children.values()
@@ -173,16 +170,12 @@ class Layers:
             handle.remove()
 
 
-def _takes_hooks(module: nn.Module | None) -> bool:
-    return module is not None and not isinstance(module, torch.jit.ScriptModule)
-
-
 def _lengths(axes: Axes) -> list[int]:
     return [len(rows) for rows in axes]
 
 
 def different(left: list[Given], right: list[Given]) -> Iterator[str]:
-    """Yield what two children were given differently, call by call."""
+    """Yield the arguments in which the inputs of two layers differ, call by call."""
     for one, other in zip(left, right, strict=False):
         for name in {**one, **other}:
             if one.get(name) != other.get(name):
@@ -190,7 +183,7 @@ def different(left: list[Given], right: list[Given]) -> Iterator[str]:
 
 
 def _parts(value: Any, name: str, depth: int) -> Iterator[tuple[str, Any]]:
-    """Yield (place, value) of what can be compared; objects that hold states are passed over."""
+    """Yield (place, value) of everything comparable in the arguments; no other objects."""
     if isinstance(value, torch.Tensor) or value is None or isinstance(value, int | float | str):
         yield name, value
     elif depth < _DEPTH and isinstance(value, Mapping):
@@ -215,7 +208,7 @@ def _digest(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 class Siblings:
-    """Remembers which children of lists and dictionaries of modules ran, and on what."""
+    """Records which children of module lists and dictionaries ran, and on what."""
 
     def __init__(self, model: nn.Module) -> None:
         self._parents = [
@@ -229,17 +222,16 @@ class Siblings:
             child.register_forward_hook(self._hook, with_kwargs=True)
             for parent in self._parents
             for child in parent.children()
-            if _takes_hooks(child)
         ]
 
     def _hook(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        # A call on no tokens at all shows nothing.
+        # A call without tokens shows nothing.
         if all(tensor.numel() for tensor in _tensors((args, kwargs))):
             self._calls.setdefault(module, (args, kwargs, output))
             self._where.setdefault(module, code_line(passing_calls=True))
 
     def run_rest(self, tracer: Tracer) -> None:
-        """Run each child that was not called on what its first equal sibling was given."""
+        """Run each child that was not called on the inputs of an equal sibling."""
         for parent in self._parents:
             called = [child for child in parent.children() if child in self._calls]
             for child in [child for child in parent.children() if child not in self._calls]:
@@ -249,7 +241,7 @@ class Siblings:
                 args, kwargs, expected = self._calls[like]
                 try:
                     output = child(*args, **kwargs)
-                except Exception:  # it stays one that was not reached
+                except Exception:  # it stays unreached
                     continue
                 for one, other in zip(_tensors(output), _tensors(expected), strict=False):
                     axes = tracer.label(one), tracer.label(other)
@@ -258,10 +250,10 @@ class Siblings:
                             tracer.unify(left, right)
 
     def _like(self, child: nn.Module, called: list[nn.Module]) -> nn.Module | None:
-        """Return the first of several equal siblings that one line of code called, if it did.
+        """Return the first of several equal siblings that one line of code called, or None.
 
-        As the line that calls experts does. A single one tells nothing of the others, which may be
-        given something else, as cross-attention is.
+        That line calls experts. A single sibling is no evidence: others may get other inputs, as
+        cross-attention does.
         """
         by_line: dict[str, nn.Module] = {}
         for other in called:
@@ -272,7 +264,7 @@ class Siblings:
         return None
 
     def close(self) -> None:
-        """Remove the hooks, and let go of what the modules were given."""
+        """Remove the hooks, and drop the recorded inputs."""
         for handle in self._handles:
             handle.remove()
         self._calls.clear()
@@ -286,5 +278,5 @@ def _alike(left: nn.Module, right: nn.Module) -> bool:
     def shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
         return [(name, parameter.shape) for name, parameter in module.named_parameters()]
 
-    with torch._C.DisableTorchFunction():  # it is not the model that compares
+    with torch._C.DisableTorchFunction():  # not a comparison of the model's code
         return type(left) is type(right) and shapes(left) == shapes(right)

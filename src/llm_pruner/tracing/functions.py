@@ -1,10 +1,8 @@
 """Watches calls of torch functions, where the integers that size axes still know their origin.
 
-Below this level PyTorch has turned them into plain numbers. Each known function states which axis
-of its result an integer sized; an integer of known origin that reaches any other function was used
-as a number, which is recorded as such.
-
-What is known of a function is said by ``sized``.
+Below this level PyTorch has turned them into plain numbers. ``sized`` states which axis of a
+function's result an integer sizes. An integer of known origin that reaches any other function is
+recorded as used as a number.
 """
 
 from __future__ import annotations
@@ -34,12 +32,12 @@ _NBYTES: Callable[..., int] = torch.Tensor.nbytes.__get__  # type: ignore[attr-d
 
 
 def _is_transformed(value: Any) -> bool:
-    """Whether a tensor is one of torch.func's, which hides some of its axes and their origin."""
+    """Whether a tensor is one of ``torch.func``, which hides some of its axes."""
     return isinstance(value, torch.Tensor) and is_functorch_wrapped_tensor(value)
 
 
 class SizeMode(TorchFunctionMode):
-    """Tells the tracer which integers size which axes, and gives tensor shapes a memory."""
+    """Tells the tracer which integers size which axes, and makes shapes of traced integers."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
@@ -60,11 +58,12 @@ class SizeMode(TorchFunctionMode):
         if name == "__get__":
             return self._attribute(func, args)
         if name == "size":
-            return self._size(*args, **kwargs)
+            shape, dims = self._shape(args[0]), [*args[1:], *kwargs.values()]
+            return shape[dims[0]] if dims and dims[0] is not None else shape
         if name in ("numel", "nelement"):
             return math.prod(self._shape(args[0]))
         if name == "__len__" and args[0].dim():
-            # ``len`` gives a plain number, whatever becomes of it: the axis keeps its size.
+            # ``len`` gives a plain number, so the axis must keep its size.
             _numbers(self.tracer, self._shape(args[0])[:1])
         if name in _MEASURES:
             _numbers(self.tracer, self._shape(next(iter((*args, *kwargs.values())))))
@@ -84,7 +83,7 @@ class SizeMode(TorchFunctionMode):
         return out
 
     def _within(self, name: str, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a function, and let the tracer know meanwhile which it is."""
+        """Run a function under a name that the tracer knows meanwhile."""
         outer, self.tracer.function = self.tracer.function, name
         try:
             return func(*args, **kwargs)
@@ -92,7 +91,7 @@ class SizeMode(TorchFunctionMode):
             self.tracer.function = outer
 
     def _attribute(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """Read an attribute of a tensor, which may be made by an operation (``.T``)."""
+        """Read an attribute of a tensor; an operation may make it (``.T``)."""
         if func == _SHAPE:
             return self._shape(args[0])
         if func == _NBYTES:
@@ -105,10 +104,6 @@ class SizeMode(TorchFunctionMode):
             return shape
         sizes = [self.tracer.length(tensor, dim) for dim in range(len(shape))]
         return TracedShape(sizes) if any(type(size) is TracedInt for size in sizes) else shape
-
-    def _size(self, tensor: torch.Tensor, dim: int | None = None) -> Any:
-        shape = self._shape(tensor)
-        return shape if dim is None else shape[dim]
 
 
 def _numbers(tracer: Tracer, values: Sequence[Any]) -> None:
@@ -131,7 +126,7 @@ def _flatten(values: Sequence[Any]) -> list[Any]:
 
 
 def _plain_values(value: Any) -> Any:
-    """Return arguments with plain integers, as PyTorch's own code takes them."""
+    """Return arguments with plain integers."""
     make = _PLAIN.get(type(value))
     return value if make is None else make(value)
 
@@ -152,10 +147,10 @@ _SIZED: dict[str, tuple[tuple[str, ...], Callable[..., None]]] = {}
 
 
 def sized(*names: str, takes: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Say what records which axes are sized by the arguments of functions of these names.
+    """Register what records the axes that the arguments of these functions size.
 
-    ``takes`` are the names of their arguments in order, ``*name`` for any number of them; the
-    record is called with (tracer, result, arguments by name), and may ask for some of them.
+    ``takes`` names their arguments in order, ``*name`` for any number of them. The record is called
+    with (tracer, result) and those arguments that it has parameters for.
     """
 
     def add(record: Callable[..., None]) -> Callable[..., None]:
@@ -176,19 +171,18 @@ def _asked(
 
 
 def _state(tracer: Tracer, tensor: Any, where: str, sizes: Mapping[int, Any]) -> None:
-    """Record axis of a tensor -> the integer that sized it; a negative one is what is left over."""
+    """Record the integer that sized each axis; a negative one means what is left over."""
     axes = tracer.axes(tensor)
     if axes is not None:
         for dim, size in sizes.items():
             if isinstance(size, int | np.integer) and plain(size) >= 0:
-                # One of numpy is nobody's setting, as a number in the code.
+                # A number of numpy counts as one written in the code.
                 tracer.sized(size if isinstance(size, int) else int(size), axes[dim], where)
 
 
 def _shaped(
     tracer: Tracer, out: Any, size: Any = (), shape: Any = (), *, where: str = "new tensor"
 ) -> None:
-    """The sizes of the result are given one by one or as one sequence."""
     sizes = [one for one in _flatten(size or shape) if isinstance(one, int | np.integer)]
     if len(sizes) == len(tracer.axes(out) or ()):
         _state(tracer, out, where, dict(enumerate(sizes)))
@@ -268,7 +262,6 @@ def _split(
     split_sizes: Any = None,
     dim: Any = 0,
 ) -> None:
-    """The argument has a name for each form of the function."""
     named = (split_size_or_sections, split_size, split_sizes)
     sizes = next((given for given in named if given is not None), ())
     if isinstance(sizes, int):
@@ -282,7 +275,6 @@ def _split(
 @sized("chunk", takes="input chunks dim")
 def _chunk(tracer: Tracer, out: Any, input: Any, chunks: Any, dim: Any = 0) -> None:
     if tracer.axes(input) is not None and len(out) > 1:
-        # The last piece of an uneven one is shorter: its size follows from the others.
         size = (tracer.length(input, dim) + chunks - 1) // chunks
         for piece in out:
             if plain(size) == piece.size(dim):
@@ -378,7 +370,7 @@ def _convolution(
     output_padding: Any = 0,
     groups: Any = 1,
 ) -> None:
-    """``groups`` is the number of groups in the first axis of the weight, transposed or not."""
+    """The first axis of the weight is divided into ``groups``, transposed or not."""
     axes, count = tracer.axes(weight), plain(groups)
     if axes is not None and count > 1:
         outer, _ = tracer.split(axes[0], count, len(axes[0]) // count)
@@ -388,7 +380,7 @@ def _convolution(
 
 @sized("pad", takes="input pad mode value")
 def _pad(tracer: Tracer, out: Any, input: Any, pad: Any, value: Any = None) -> None:
-    """Padding that repeats or reflects writes into slices: the code says how many positions."""
+    """Padding that repeats or reflects writes into slices of lengths given in the code."""
     for before, after in zip(tracer.axes(input) or (), tracer.axes(out) or (), strict=False):
         if len(before) != len(after):
             for rows in (before, after):
@@ -420,10 +412,10 @@ def _bincount(tracer: Tracer, out: Any, minlength: Any = 0) -> None:
 
 
 _READS = frozenset({"tolist", "numpy", "__array__", "__dlpack__", "data_ptr"})
-"""Functions that hand values to Python without an operation that the tracer would see."""
+"""Functions that hand values to Python without an operation."""
 
 _MEASURES = frozenset({"stride", "storage_offset", "untyped_storage", "dim_order", "cov"})
-"""Functions that give, or take in, plain numbers which follow from the sizes of a tensor."""
+"""Functions that turn the sizes of a tensor into plain numbers."""
 
 SHAPED_IN_SIGHT = frozenset(_SIZED) | frozenset(
     {"linear", "matmul", "__matmul__", "__rmatmul__", "einsum", "tensordot", "bmm", "baddbmm"}
@@ -432,23 +424,13 @@ SHAPED_IN_SIGHT = frozenset(_SIZED) | frozenset(
     | {"where", "masked_fill", "to", "type", "float", "contiguous", "__get__"}
     | {"ravel", "broadcast_tensors", "meshgrid", "t", "t_", "transpose_"}
 )
-"""Functions inside which sizes may change: they are recorded here, or follow the inputs."""
-
-_WHY_FIXED = {
-    "resized inside multi_head_attention_forward": (
-        ", which takes the size of a head from the hidden size"
-    )
-}
+"""Functions that may change sizes: these are recorded here, or follow from the inputs."""
 
 
 def require_sight(tracer: Tracer, what: str = "resized") -> None:
-    """Raise UnplacedError in a function whose arithmetic is not watched, in C++ or inside PyTorch.
-
-    It may compute sizes from plain numbers (``tensor_split``), which would not follow a removal.
-    """
+    """Raise UnplacedError in a function that may compute sizes from plain numbers, as C++ does."""
     if tracer.function not in SHAPED_IN_SIGHT:
-        reason = f"{what} inside {tracer.function or 'compiled code'}"
-        raise UnplacedError(reason + _WHY_FIXED.get(reason, ""))
+        raise UnplacedError(f"{what} inside {tracer.function or 'compiled code'}")
 
 
 _DIMENSIONS_ONLY = frozenset(

@@ -1,9 +1,9 @@
-"""Traces models that are on the meta device: shapes and types, but no weights.
+"""Traces models without weights (on the meta device), and large ones without computing products.
 
-Plain meta tensors do not run most models, whose masks and positions are read by the code. So every
-parameter is replaced, for the time of the trace, by a *ghost*: a tensor on the CPU whose positions
-all share one element. Products with ghosts are not computed; their results are shaped on meta and
-hold random values, as a router's scores must differ. Integers and masks are computed as ever.
+Most models do not run on meta tensors, as their code reads masks and positions. So a *ghost* takes
+the place of every parameter: a tensor on the CPU whose positions share one element. Products with
+ghosts are not computed: their results get the right shape and random values (a router's scores must
+differ). Integers and masks are computed as usual.
 """
 
 from __future__ import annotations
@@ -42,12 +42,10 @@ def is_ghost(tensor: torch.Tensor) -> bool:
 
 @contextmanager
 def ghosts_of(model: nn.Module, *, weights: bool = False) -> Iterator[None]:
-    """Put ghosts in place of all tensors on meta for the time of the context.
+    """Replace all tensors on meta, or with ``weights`` all parameters, by ghosts in the context.
 
-    With ``weights`` in place of all parameters, so that nothing is computed with them.
-
-    Buffers get the values that the model's own initialisation gives them, where it does: positions
-    and masks are followed by the code. Tied parameters stay tied.
+    Buffers get the values of the model's own initialisation, as its code follows positions and
+    masks. Tied parameters stay tied.
     """
     stand_ins: dict[int, torch.Tensor] = {}
 
@@ -77,8 +75,7 @@ def _initialise_(module: nn.Module, initialise: Callable[[nn.Module], object]) -
     """Fill the buffers of a module as ``from_pretrained`` does for those not in a checkpoint."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # Its parameters are still on meta, where writing does nothing. What such code does with
-        # them may fail there; the buffers then stay zeros, which shapes do not depend on.
+        # It may fail on parameters on meta; the buffers then stay zeros.
         with suppress(Exception):
             initialise(module)
 
@@ -153,7 +150,7 @@ class GhostRunner:
         return values.to(tensor.dtype).as_strided(tensor.shape, tensor.stride())
 
     def _drawn(self, count: int) -> torch.Tensor:
-        """Return values of [-1, 1), from another place of the same row at each call."""
+        """Return values of [-1, 1), others at each call."""
         self._place = (self._place + _STEP) % COMPUTED
         row = self._values[self._place : self._place + COMPUTED]
         return (
@@ -162,7 +159,7 @@ class GhostRunner:
 
 
 def _mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    """Return a value with the tensors in it replaced; single ones, the most, without a search."""
+    """Return a value with the tensors in it replaced."""
     if isinstance(value, torch.Tensor):
         return function(value)
     if isinstance(value, tuple | list):

@@ -1,9 +1,8 @@
-"""The table of ATen operations: one row says all that is known about one.
+"""The table of ATen operations: one row holds everything that is known about one.
 
-``rule`` adds a row; the rows are in ``rules``, by family, and ``docs/writing-a-rule.md`` shows how
-to write one. What PyTorch says of an operation is read from its schema and its tags: the names and
-defaults of its arguments, whether its results share the memory of an input, whether it writes to
-one, and whether it works element by element.
+``rule`` adds a row. The rows are in ``rules``, by family; ``docs/writing-a-rule.md`` shows how to
+write one. Argument names and defaults, whether an operation is a view, writes in place or works
+elementwise are read from PyTorch's schema and tags.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ Run: TypeAlias = Callable[..., Any]
 
 
 class UnplacedError(Exception):
-    """A rule that cannot place its result; what went in is frozen with this reason."""
+    """A rule cannot label its result; the inputs are frozen with this reason."""
 
 
 class Call(NamedTuple):
@@ -54,17 +53,16 @@ class Op:
     """What is known about an operation.
 
     Attributes:
-        rule: states the axes of the results; without one all that goes in is frozen.
-        moves: the results hold values of the inputs in other places, so that of weights they are
-            weights, and of token ids token ids.
-        makes_weights: of nothing but weights it makes one, as a low-rank update or a norm does.
-        keeps_ids: integers that it makes of token ids are token ids still.
-        domain: what becomes of an axis whose positions the inputs hold (from ``topk``): ``read`` -
-            they are calculated with, so it is frozen; ``tied`` - the rule says; ``kept`` - the
-            results hold such positions if the first input does, else the rule says.
-        product: with stand-ins for weights it is not computed but only shaped.
-        alive: how the masked twin runs it where removed positions would be seen:
-            alive(living positions, run, arguments by name). Without it, as ever: they are zero.
+        rule: labels the axes of the results; without one all inputs are frozen.
+        moves: it only moves values, so weights stay weights and token ids stay token ids.
+        makes_weights: its result is a weight if all inputs are, as a low-rank update.
+        keeps_ids: integers computed from token ids are token ids.
+        domain: what happens to an axis whose positions an input holds (from ``topk``). ``read``:
+            frozen, as the positions are calculated with; ``kept``: the results hold them as well;
+            ``tied``: the rule decides.
+        product: ghosts are not multiplied, the result is only shaped.
+        alive: alive(living positions, run, arguments by name) runs it in the masked twin where
+            removed positions, which are zero, would change the result.
     """
 
     rule: Rule | None = None
@@ -77,12 +75,12 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
-"""Name of an operation, without overload -> its row. ``pointwise`` is the row of every operation
-that PyTorch tags as pointwise and that has none of its own."""
+"""Name of an operation, without overload -> its row. ``pointwise`` stands for all operations that
+PyTorch tags as pointwise and that have no row of their own."""
 
 
 def rule(*names: str, **columns: Any) -> Callable[[Rule], Rule]:
-    """Give the operations of these names a row: the decorated rule, and the columns of ``Op``."""
+    """Add a row for these operations: the decorated rule, and ``columns`` of ``Op``."""
 
     def add(function: Rule) -> Rule:
         OPS.update(dict.fromkeys(names, Op(function, **columns)))
@@ -123,7 +121,7 @@ class Operation:
     def asked(
         self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return those arguments of a call that a function of the row has parameters for."""
+        """Return the arguments of a call that a function has parameters for."""
         names = parameters(function)
         given = self.given(args, kwargs) if names else {}
         return {name: given[name] for name in names if name in given}

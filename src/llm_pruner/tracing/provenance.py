@@ -1,8 +1,7 @@
-"""Puts traced integers in place of a model's size attributes, and takes them out again.
+"""Gives a model's integer attributes an origin for the time of a trace, and restores what it holds.
 
-``functools.lru_cache`` finds a result by the value of its arguments. Two sizes of equal value with
-different origins are one to it, and what was made of the first would stand for the second, in this
-model and in the next one that is traced. So memoised functions compute anew while it is traced.
+``functools.lru_cache`` finds a result by the value of its arguments. Two sizes of equal value but
+different origin would share one result, so memoised functions compute anew during a trace.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from operator import is_not
 from types import ModuleType
 from typing import Any
 
@@ -32,20 +30,20 @@ _DESCRIPTIVE: dict[str, tuple[tuple[str, int], ...]] = {
 
 
 WEIGHTS = ("parametrizations.weight.original1", "weight_v", "weight")
-"""Names of a module's weight, as the direction that a weight norm keeps, or as it is."""
+"""Names of a module's weight: the direction that a weight norm keeps, or the weight itself."""
 
 
 def descriptions(module: nn.Module) -> tuple[tuple[str, int], ...]:
-    """Return (attribute, axis of the weight) of the sizes that a standard module only states."""
+    """Return (attribute, axis of the weight) of the sizes that a standard module describes."""
     names = {cls.__name__ for cls in type(module).__mro__}
     return tuple(pair for kind, pairs in _DESCRIPTIVE.items() if kind in names for pair in pairs)
 
 
 def trace_attributes_(model: nn.Module, on_value: Callable[[Expr], None]) -> dict[Expr, int]:
-    """Replace the integer attributes of all modules; return attribute -> value.
+    """Replace the integer attributes of all modules by traced ones; return attribute -> value.
 
-    Integers in tuples and lists, and those of configuration objects, are replaced as well; every
-    module gets its own copy of its configuration, so that the origin names one module.
+    Integers in tuples, lists and configs are replaced too. Every module gets its own copy of its
+    config, so that the origin names one module.
     """
     found: dict[Expr, int] = {}
 
@@ -71,7 +69,7 @@ def trace_attributes_(model: nn.Module, on_value: Callable[[Expr], None]) -> dic
 
 
 def spaces_of(model: nn.Module) -> list[dict[str, Any]]:
-    """Return where modules hold what they have; in TorchScript's places nothing can change."""
+    """Return the dictionaries that hold what modules own."""
     return [
         space
         for module in model.modules()
@@ -82,10 +80,10 @@ def spaces_of(model: nn.Module) -> list[dict[str, Any]]:
 
 @contextmanager
 def put_back(spaces: Iterable[dict[str, Any]]) -> Iterator[None]:
-    """Give dictionaries what they hold now again, once the context ends, and all within them.
+    """Restore the contents of dictionaries at the end of the context.
 
-    Within them are containers, and the objects of a model's code, such as its settings: what a
-    forward pass keeps for the next one may lie there as well.
+    Also those of the containers and the objects of a model's code (such as its config) in them: a
+    forward pass may keep state there.
     """
     held = [(one, copy.copy(one)) for one in _within(spaces)]
     try:
@@ -103,7 +101,7 @@ _CONTAINERS = (dict, OrderedDict, defaultdict, set, list, deque)
 
 
 def _within(spaces: Iterable[dict[str, Any]]) -> Iterator[Any]:
-    """Yield dictionaries and all containers that can be reached from them, each once."""
+    """Yield dictionaries and the containers that can be reached from them, each once."""
     seen: dict[int, Any] = {}
     waiting: list[Any] = [*spaces]
     while waiting:
@@ -113,7 +111,7 @@ def _within(spaces: Iterable[dict[str, Any]]) -> Iterator[Any]:
         seen[id(one)] = one
         if type(one) is not tuple:
             yield one
-        if isinstance(one, dict):  # hooks are their owners' to take away
+        if isinstance(one, dict):  # whoever registers a hook removes it
             values = [of for key, of in one.items() if not (type(key) is str and "_hooks" in key)]
         else:
             values = [*one]
@@ -122,7 +120,7 @@ def _within(spaces: Iterable[dict[str, Any]]) -> Iterator[Any]:
 
 
 def _is_of_a_model(value: Any) -> bool:
-    """Whether the code of a model made an object, which is no module, with attributes."""
+    """Whether a value is an object with attributes of a class of the model's own code."""
     kind = type(value)
     return (
         kind.__module__.partition(".")[0] not in _OTHERS
@@ -146,7 +144,7 @@ _OTHERS = frozenset(sys.stdlib_module_names) | {"torch", "numpy", __name__.parti
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """Let memoised functions of models and libraries compute anew what they are given sizes for."""
+    """Let memoised functions compute anew whenever they are given traced sizes."""
     undo: list[tuple[Any, str, Any]] = []
     try:
         for owner, name in _memoised():
@@ -159,67 +157,43 @@ def without_memory() -> Iterator[None]:
         for owner, name, cached in undo:
             setattr(owner, name, cached)
         wrapped = {id(cached) for _, _, cached in undo}
-        for owner, name in _memoised():
-            # Of modules that were imported meanwhile.
+        for owner, name in _memoised():  # modules imported meanwhile have some too
             if id(vars(owner)[name]) not in wrapped:
                 vars(owner)[name].cache_clear()
 
 
-class _Memoised:
-    """Finds memoised functions, in modules that have come or grown since the last trace."""
-
-    def __init__(self) -> None:
-        self._all: list[ModuleType] = []
-        self._others: list[tuple[str, ModuleType]] = []
-        self._sizes: list[int] = []
-        self._found: list[tuple[Any, str]] = []
-
-    def __call__(self) -> list[tuple[Any, str]]:
-        """Return (owner, name) of each."""
-        modules = [*sys.modules.values()]
-        if len(modules) != len(self._all) or any(map(is_not, modules, self._all)):
-            self._all, self._sizes = modules, []
-            self._others = [
-                (name, module)
-                for name, module in [*sys.modules.items()]
-                if name.partition(".")[0] not in _OTHERS and isinstance(module, ModuleType)
-            ]
-        sizes = [len(vars(module)) for _, module in self._others]
-        if sizes != self._sizes:
-            self._found = [
-                one
-                for (name, module), size in zip(self._others, sizes, strict=True)
-                for one in _memoised_in(name, id(module), size)
-            ]
-            self._sizes = sizes
-        return self._found
+def _memoised() -> list[tuple[Any, str]]:
+    """Return (owner, name) of the memoised functions in all modules but those of ``_OTHERS``."""
+    loaded = [
+        (name, id(module), len(vars(module)))
+        for name, module in [*sys.modules.items()]
+        if name.partition(".")[0] not in _OTHERS and isinstance(module, ModuleType)
+    ]
+    return _memoised_in(tuple(loaded))
 
 
-_memoised = _Memoised()
-
-
-@functools.cache
-def _memoised_in(module_name: str, place: int, names: int) -> list[tuple[Any, str]]:  # noqa: ARG001
-    """Return (owner, name) of memoised functions; a module is looked through when it has grown."""
-    module = sys.modules[module_name]
+@functools.lru_cache(maxsize=1)
+def _memoised_in(loaded: tuple[tuple[str, int, int], ...]) -> list[tuple[Any, str]]:
+    """Search the loaded modules, given as (name, id, number of names) so that changes are seen."""
     found: list[tuple[Any, str]] = []
-    for name, value in list(vars(module).items()):
-        if isinstance(value, _Cached):
-            found.append((module, name))
-        elif type(value) is type and value.__module__ == module.__name__:
-            found += [
-                (value, key) for key, item in vars(value).items() if isinstance(item, _Cached)
-            ]
+    for module_name, _, _ in loaded:
+        module = sys.modules[module_name]
+        for name, value in list(vars(module).items()):
+            if isinstance(value, _Cached):
+                found.append((module, name))
+            elif type(value) is type and value.__module__ == module_name:
+                inside = [key for key, item in vars(value).items() if isinstance(item, _Cached)]
+                found += [(value, key) for key in inside]
     return found
 
 
 @functools.cache
 def _asking(cached: Any) -> Callable[..., Any]:
-    """Return what stands for a memoised function, which is made once."""
+    """Return a stand-in for a memoised function that computes anew where sizes are given."""
 
     @functools.wraps(cached)
     def call(*args: Any, **kwargs: Any) -> Any:
-        # Of a module it may make what its size attributes say.
+        # A method may read size attributes of its module.
         method = bool(args) and isinstance(args[0], nn.Module)
         anew = method or _holds_size(args) or _holds_size(kwargs)
         return (cached.__wrapped__ if anew else cached)(*args, **kwargs)

@@ -64,10 +64,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
 
 
 def changed_since(model: nn.Module, discovery: Discovery) -> str:
-    """Return which parameter is not as when the model was traced, and how; empty if all are.
-
-    Where layers went, names of the last ones are gone, and others mean a later layer.
-    """
+    """Return which tensor changed since the model was traced, and how; empty if none did."""
     shapes = discovery.shapes
     tied = {name: shapes[first] for name, first in discovery.aliases.items() if first in shapes}
     traced = {**shapes, **tied}
@@ -96,7 +93,7 @@ _known: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 class _Watch(Tracer):
-    """Notes the sizes of the axes that token ids index; products need no true values for that."""
+    """Records the sizes of the axes that token ids index."""
 
     def __init__(self, tokens: torch.Tensor) -> None:
         super().__init__(Trace(), GhostRunner() if tokens.device.type == "cpu" else None)
@@ -106,7 +103,7 @@ class _Watch(Tracer):
 
     def look_up(self, rows: IntArray, index: torch.Tensor) -> None:
         if index in self.vocabulary:
-            # The ids are 0 and 1, so a larger index tells of an offset.
+            # The ids are 0 and 1: a larger index has an offset.
             self.sizes.append(len(rows) - int(index.max()) + 1)
 
     def follow(self, known: Operation, call: Call, args: tuple[Any, ...]) -> None:
@@ -120,7 +117,7 @@ class _Watch(Tracer):
 
 
 def _watched_size(model: nn.Module, run: Callable[[nn.Module, torch.Tensor], object]) -> int:
-    """Return the least size of all tables that are looked up as a model runs on the ids 0 and 1."""
+    """Return the size of the smallest table that a run on the ids 0 and 1 looks up."""
     tokens = (torch.arange(16, device="cpu") % 2).view(2, 8)
     failure = ""
     with ghosts_of(model) if is_on_meta(model) else nullcontext():
@@ -129,17 +126,17 @@ def _watched_size(model: nn.Module, run: Callable[[nn.Module, torch.Tensor], obj
         try:
             with staged(model), Unwritten(model), in_sight(model), watch:
                 run(model, tokens)
-        except Exception as error:  # what was seen until then may be enough
+        except Exception as error:  # what it looked up before may be enough
             failure = f" (running it raised {type(error).__name__}: {error})"
     sizes = [size for size in watch.sizes if size > 1]
     if not sizes:
-        # Ids that were moved or packed before they are looked up are lost sight of.
+        # The ids may have been packed before the lookup.
         kinds = (nn.Embedding, nn.EmbeddingBag)
         sizes = [one.num_embeddings for one in model.modules() if isinstance(one, kinds)][:1]
     if not sizes:
         raise DiscoveryError(
             f"the model has no token embedding: {type(model).__name__} looks its token ids up in "
-            f"no table{failure}; give one that maps token ids to logits"
+            f"no table{failure}"
         )
     return min(sizes)
 
@@ -151,7 +148,7 @@ def _device(model: nn.Module) -> torch.device:
 def example_tokens(
     model: nn.Module, shape: tuple[int, int] = (2, 8), seed: int = 0, vocabulary: int = 0
 ) -> torch.Tensor:
-    """Return seeded random token ids, shape (batch, sequence), where the model's weights are."""
+    """Return seeded random token ids, shape (batch, sequence), on the model's device."""
     generator = torch.Generator().manual_seed(seed)
     size = vocabulary or vocabulary_size(model)
     low = min(8, size // 2)
@@ -159,7 +156,7 @@ def example_tokens(
 
 
 def tokens_of(model: nn.Module, scene: Scene, seed: int = 0) -> torch.Tensor:
-    """Return the token ids of a scene: those that were given, or seeded random ones."""
+    """Return the token ids of a scene: its own, or seeded random ones."""
     if scene.tokens is None:
         return example_tokens(model, scene.shape, seed, scene.vocabulary)
     return scene.tokens.to(_device(model))
@@ -168,7 +165,7 @@ def tokens_of(model: nn.Module, scene: Scene, seed: int = 0) -> torch.Tensor:
 def forward_with_cache(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
     """Run a model as generation does: all tokens but the last at once, the last with the cache.
 
-    A model that takes no cache, or is not run as those of ``transformers``, runs all at once.
+    Without a cache all tokens run at once.
     """
     if not is_of_transformers(model):
         return [logits_of(model(tokens))]
@@ -180,21 +177,21 @@ def forward_with_cache(model: nn.Module, tokens: torch.Tensor) -> list[torch.Ten
         return forward_without_cache(model, tokens)
     given = {str(name): cache}
     if "output_router_logits" in parameters:
-        # The loss over all routers takes a mask of the tokens of one call, not of all before it.
+        # The router loss does not support a cache.
         given["output_router_logits"] = False
     step = model(input_ids=tokens[:, -1:], use_cache=True, **given)
     return [logits_of(first), logits_of(step)]
 
 
 def forward_without_cache(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """Run all tokens at once; for models whose cache needs more."""
-    # A state that the model makes itself (RWKV) is sized by settings, which is to be seen.
+    """Run all tokens at once."""
+    # With a cache RWKV makes a state, whose sizes come from the config and must be seen.
     makes_state = "state" in parameters_of(model)
     return [logits_of(model(input_ids=tokens, **caching(model, makes_state)))]
 
 
 def label_model(tracer: Tracer, model: nn.Module) -> dict[str, str]:
-    """Give every tensor of the model its axes; return other name -> first name of tied ones."""
+    """Label every tensor of the model; return the aliases of tied ones: other -> first name."""
     aliases: dict[str, str] = {}
     first_names: dict[int, str] = {}
     for name, tensor, _ in named_tensors(model):
@@ -208,12 +205,12 @@ def label_model(tracer: Tracer, model: nn.Module) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Run:
-    """What a traced run gave.
+    """The result of a traced run.
 
     Attributes:
         trace: settled.
         aliases: names of tied tensors -> first name.
-        layers: what the children of module lists were given and returned.
+        layers: inputs and outputs of the children of module lists.
         scenes: those that the model was run in.
         left_out: names of the others.
     """
@@ -226,14 +223,10 @@ class Run:
 
 
 def run_trace(model: nn.Module, scenes: Sequence[Scene]) -> Run:
-    """Trace a model through scenes; one without weights (on meta) runs on stand-ins.
+    """Trace a model through scenes; it is not changed.
 
-    If it cannot be run in one of them, it is traced anew without that: what an attempt that failed
-    has run, or said in its error, ties sizes that nothing else does.
-
-    Args:
-        model: comes back as it was.
-        scenes: the ways in which it is run; those that it cannot be run in are left out.
+    If a scene fails, the model is traced anew without it, as what ran of it has tied sizes.
+    Large models and those on the meta device run on ghosts (``ghosts``).
 
     Raises:
         DiscoveryError: it cannot be run in a scene that is needed.
@@ -267,7 +260,7 @@ def _run_trace(model: nn.Module, scenes: Sequence[Scene]) -> Run:
 
 
 def _is_large(model: nn.Module) -> bool:
-    """Whether stand-ins save time: products with the weights tell nothing about axes."""
+    """Whether the products with the weights, which a trace does not need, take long."""
     parameters = [*model.parameters()]
     on_cpu = all(one.device.type == "cpu" for one in (*parameters, *model.buffers()))
     return on_cpu and sum(one.numel() for one in parameters) > LARGE
@@ -275,7 +268,7 @@ def _is_large(model: nn.Module) -> bool:
 
 @contextmanager
 def in_view(model: nn.Module) -> Iterator[None]:
-    """Let all that a model does be seen, in every thread: one such context at a time."""
+    """Make everything that a model does visible to a trace; one such context at a time."""
     with in_sight(model), warnings.catch_warnings(), without_memory():
         warnings.simplefilter("ignore")
         yield
@@ -283,7 +276,7 @@ def in_view(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def traced(model: nn.Module, tracer: Tracer) -> Iterator[dict[Expr, int]]:
-    """Give the sizes that a model holds an origin inside, and yield attribute -> value."""
+    """Trace the integer attributes of a model inside, and yield attribute -> value."""
     with staged(model), put_back(spaces_of(model)):
         yield trace_attributes_(model, tracer.used_as_number)
 
@@ -291,7 +284,7 @@ def traced(model: nn.Module, tracer: Tracer) -> Iterator[dict[Expr, int]]:
 def watched(
     model: nn.Module, scene: Scene, tokens: torch.Tensor, tracer: Tracer
 ) -> list[torch.Tensor]:
-    """Run a scene, in view and traced, with all operations passing through the tracer."""
+    """Run a scene with all operations passing through the tracer."""
     tracer.add_tokens(tokens)
     with (
         staged(model, training=scene.training),
@@ -304,12 +297,12 @@ def watched(
 
 
 _INSIDE = re.compile("logit|hidden|feature|state|atten|attn|key|value|cache|embed|loss|router")
-"""Outputs by name that are the model's own affair, or looked after elsewhere."""
+"""Names of outputs whose axes may shrink."""
 
 
 @contextmanager
 def _outputs_kept(model: nn.Module, tracer: Tracer) -> Iterator[None]:
-    """Let classes stay what they are that a model returns beside the logits: numbers or scores."""
+    """Freeze classes that a model returns beside the logits, as numbers or as scores."""
 
     def note(_: nn.Module, __: Any, output: Any) -> None:
         for tensor in tree_leaves(output):
@@ -319,9 +312,6 @@ def _outputs_kept(model: nn.Module, tracer: Tracer) -> Iterator[None]:
             if isinstance(tensor, torch.Tensor) and tensor.dim() and not _INSIDE.search(str(name)):
                 tracer.freeze(tracer.label(tensor)[-1], "it is returned by the model")
 
-    if isinstance(model, torch.jit.ScriptModule):  # which takes no hooks
-        yield
-        return
     handle = model.register_forward_hook(note)
     try:
         yield
@@ -330,7 +320,7 @@ def _outputs_kept(model: nn.Module, tracer: Tracer) -> Iterator[None]:
 
 
 def _perform(model: nn.Module, scene: Scene, tracer: Tracer) -> Scene | None:
-    """Run a scene, or another in its place; return which, None if it cannot be run."""
+    """Run a scene, or a shorter one in its place; return which, None if none runs."""
     for attempt in (scene, *instead(scene)):
         ids = tokens_of(model, attempt)
         try:

@@ -1,9 +1,9 @@
-"""Where the integers come from that size an axis, and what they become after a removal.
+"""Integers that remember where they came from, and the equations that they give.
 
-During a trace every integer attribute of the model is a ``TracedInt``: it remembers the attribute,
-or the tensor axis, that it was read from, and the arithmetic since. When such an integer
-sizes an axis (in ``view``, ``split``, a slice ...) an ``Equation`` is recorded. After a removal the
-lengths are known, and the equations are solved for the attributes.
+During a trace every integer attribute of the model is a ``TracedInt``: it remembers the attribute
+or the tensor axis that it was read from, and the arithmetic since. When it sizes an axis (``view``,
+``split``, a slice ...) an ``Equation`` is recorded. After a removal the lengths are known, and the
+equations are solved for the attributes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Attribute: TypeAlias = tuple[str, str]
 """(module, attribute name)"""
 
 PLACE = "place"
-"""Marks an expression that a list is indexed with, or that something is kept under."""
+"""Marks an expression whose value indexes a list or is a key."""
 
 ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     "+": operator.add,
@@ -43,7 +43,6 @@ ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     "//": operator.floordiv,
     "%": operator.mod,
 }
-
 
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq,
@@ -58,12 +57,12 @@ _OPERATORS = ARITHMETIC | COMPARISONS
 
 
 def _counted(size: TracedInt, symbol: str, other: Any, swap: bool = False) -> Any:
-    """Return the sum, product and so on of a size and an integer, which is a size again."""
+    """Return the sum, product, ... of a size and an integer: a size again."""
     plain_other = plain(other)
     if isinstance(plain_other, torch.Tensor):
         return NotImplemented  # the function that takes both is watched
     if type(plain_other) is not int:
-        # A bool is no size; a float, a list or an array is not counted with but calculated.
+        # With a bool, float, list or array the result is no size.
         return _calculated(size, ARITHMETIC[symbol], other, swap)
     left, right = (other, size) if swap else (size, other)
     value = ARITHMETIC[symbol](plain(left), plain(right))
@@ -73,7 +72,7 @@ def _counted(size: TracedInt, symbol: str, other: Any, swap: bool = False) -> An
 def _calculated(
     size: TracedInt, function: Callable[[Any, Any], Any], other: Any, swap: bool = False
 ) -> Any:
-    """Return what a function makes of the value of a size, which is used as a number so."""
+    """Return a function of the value of a size, which is used as a number."""
     if isinstance(other, torch.Tensor):
         return NotImplemented
     left, right = (_read(other), _read(size)) if swap else (_read(size), _read(other))
@@ -90,7 +89,7 @@ def _compared(size: TracedInt, symbol: str, other: Any) -> Any:
 
 
 def _operators(how: Callable[..., Any], what: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return an operator between a size and something else, and its reflected form."""
+    """Return a binary operator of sizes and its reflected form."""
     return (
         lambda self, other: how(self, what, other),
         lambda self, other: how(self, what, other, swap=True),
@@ -100,14 +99,14 @@ def _operators(how: Callable[..., Any], what: Any) -> tuple[Callable[..., Any], 
 class TracedInt(torch.SymInt):
     """An integer with its origin.
 
-    It is no ``int``, though ``isinstance`` takes it for one: code in C would read the value of a
-    subclass without asking it (``1.0 / size``, ``math.log(size)``, ``table[size]``). An object that
-    only converts to a number has to be asked, so every use but as a size is heard of. PyTorch takes
-    a ``SymInt`` wherever it takes an integer.
+    ``isinstance`` takes it for an ``int``, but it is none: C code reads the value of a subclass of
+    ``int`` directly (``1.0 / size``, ``math.log(size)``, ``table[size]``). An object that only
+    converts to a number must be asked, so every use as a number is noticed. PyTorch accepts a
+    ``SymInt`` wherever it accepts an integer.
 
-    Arithmetic of integers gives another one. ``on_value`` hears of everything else: of an
-    expression whose value is used as a number, of ``(PLACE, expression)`` whose value something is
-    looked up with, and of comparisons as ``(symbol, left, right)``.
+    Integer arithmetic gives another ``TracedInt``. Every other use calls ``on_value``: with the
+    expression whose value is used as a number, with ``(PLACE, expression)`` if its value indexes
+    something, and with ``(symbol, left, right)`` for a comparison.
     """
 
     def __init__(self, value: int, expr: Expr, on_value: Callable[[Expr], None]) -> None:
@@ -120,12 +119,12 @@ class TracedInt(torch.SymInt):
         return int
 
     def _read(self) -> int:
-        """Return the value to code that does arithmetic with it, and say so."""
+        """Return the value, and report that it is used as a number."""
         self.on_value(self.expr)
         return self.value
 
     def _place(self) -> int:
-        """Return the value to code that looks something up with it, and say so."""
+        """Return the value, and report that it indexes something."""
         self.on_value((PLACE, self.expr))
         return self.value
 
@@ -143,15 +142,6 @@ class TracedInt(torch.SymInt):
     def __divmod__(self, other: Any) -> Any:
         return self // other, self % other
 
-    def __rdivmod__(self, other: Any) -> Any:
-        return other // self, other % self
-
-    def __lshift__(self, other: Any) -> Any:
-        return self * (1 << plain(other)) if type(other) is int else self._read() << other
-
-    def __rshift__(self, other: Any) -> Any:
-        return self // (1 << plain(other)) if type(other) is int else self._read() >> other
-
     def __neg__(self) -> Any:
         return _counted(self, "-", 0, swap=True)
 
@@ -161,39 +151,28 @@ class TracedInt(torch.SymInt):
     def __abs__(self) -> TracedInt:
         return self if self.value >= 0 else -self
 
-    __trunc__ = __floor__ = __ceil__ = __pos__
+    __trunc__ = __floor__ = __ceil__ = __copy__ = __pos__
 
     def __round__(self, digits: int | None = None) -> Any:
-        return self if digits is None or digits >= 0 else round(self._read(), digits)
+        return self if digits is None else round(self._read(), digits)
 
     def __bool__(self) -> bool:
         return bool(self != 0)
 
-    # ---------------------------------------------------------- used as a number
+    # ------------------------------------------------------ uses as a number
 
     __index__, __int__ = _place, _read
 
     def __float__(self) -> float:
         return float(self._read())
 
-    def __complex__(self) -> complex:
-        return complex(self._read())
-
     __truediv__, __rtruediv__ = _operators(_calculated, operator.truediv)
     __and__, __rand__ = _operators(_calculated, operator.and_)
     __or__, __ror__ = _operators(_calculated, operator.or_)
     __xor__, __rxor__ = _operators(_calculated, operator.xor)
-    __rlshift__ = _operators(_calculated, operator.lshift)[1]
-    __rrshift__ = _operators(_calculated, operator.rshift)[1]
-
-    def __pow__(self, other: Any, modulo: Any = None) -> Any:
-        return _calculated(self, lambda left, right: pow(left, right, modulo), other)
-
-    def __rpow__(self, other: Any, modulo: Any = None) -> Any:
-        return _calculated(self, lambda left, right: pow(left, right, modulo), other, swap=True)
-
-    def __invert__(self) -> int:
-        return ~self._read()
+    __lshift__, __rlshift__ = _operators(_calculated, operator.lshift)
+    __rshift__, __rrshift__ = _operators(_calculated, operator.rshift)
+    __pow__, __rpow__ = _operators(_calculated, operator.pow)
 
     def __getattr__(self, name: str) -> Any:
         """Return what ``int`` has under this name (``real``, ``bit_length``)."""
@@ -212,7 +191,7 @@ class TracedInt(torch.SymInt):
         return format(self._read(), spec)
 
     def __hash__(self) -> int:
-        # What is kept under a size would be handed out to whatever has the same size.
+        # A value stored under a size would be found by any equal size.
         return hash(self._place())
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
@@ -228,8 +207,6 @@ class TracedInt(torch.SymInt):
     __gt__ = _operators(_compared, ">")[0]
     __ge__ = _operators(_compared, ">=")[0]
 
-    __copy__ = __pos__
-
     def __deepcopy__(self, memo: Any) -> TracedInt:
         return self
 
@@ -238,7 +215,7 @@ class TracedInt(torch.SymInt):
 
 
 def plain(value: Any) -> Any:
-    """Return a traced integer as a plain one, anything else as it is; nobody hears of it."""
+    """Return a traced integer as a plain one, without reporting it; anything else as it is."""
     return value.value if type(value) is TracedInt else value
 
 
@@ -247,7 +224,7 @@ def _read(value: Any) -> Any:
 
 
 class TracedShape(tuple[Any, ...]):
-    """A shape whose sizes remember their axes; ``torch.Size`` would make plain numbers of them."""
+    """A shape of traced sizes; ``torch.Size`` would make plain numbers of them."""
 
     __slots__ = ()
 
@@ -324,8 +301,8 @@ def solve(
     has the value of every attribute, ``lengths`` that of every axis leaf after the removal.
     """
     values: dict[Expr, int] = dict(lengths)
-    # Single attributes settle first: the composite sizes that contain them follow. What they size
-    # as they are settles them before a half of them, which two values may have.
+    # Single attributes first, as the composite sizes that contain them follow; an axis of the
+    # attribute's own size before one of half of it, which two values may give.
     pending = sorted(
         equations,
         key=lambda equation: (len(set(leaves(equation[0]))), equation[0] not in old),
@@ -379,12 +356,12 @@ def _solve_one(
     inverse = _invert(expr, leaf, length, values)
     if inverse is not None:
         return inverse if is_solution(inverse) else None
-    # The attribute occurs twice, or in a remainder: try every smaller value, the closest first.
+    # It occurs twice, or in a remainder: try every smaller value, the closest first.
     return next((value for value in range(min(old, 65536), 0, -1) if is_solution(value)), None)
 
 
 def _invert(expr: Expr, leaf: Expr, target: int, values: Mapping[Expr, int]) -> int | None:
-    """Undo the arithmetic around ``leaf``, which must occur once; quotients without remainder."""
+    """Undo the arithmetic around ``leaf``; None if it occurs twice or in a remainder."""
     if expr == leaf:
         return target
     symbol, left, right = expr
@@ -407,10 +384,9 @@ def _invert(expr: Expr, leaf: Expr, target: int, values: Mapping[Expr, int]) -> 
 
 
 def code_line(*, passing_calls: bool = False) -> str:
-    """Return the file and line of the model's code that runs, such as ``modeling_llama.py:98``.
+    """Return the file and line of the model's running code, such as ``modeling_llama.py:98``.
 
-    Frames of this package's tracing and of PyTorch are passed over; with ``passing_calls`` those of
-    ``__call__``, by which a module is called, too.
+    Skips frames of this package and PyTorch; with ``passing_calls`` also those of ``__call__``.
     """
     frame = inspect.currentframe()
     while frame is not None:

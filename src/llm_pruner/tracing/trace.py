@@ -1,4 +1,4 @@
-"""What a run states about a model, and what follows from all of it."""
+"""The result of a traced run: atoms, equations and notes, and the conclusions from all of them."""
 
 from __future__ import annotations
 
@@ -36,15 +36,14 @@ Role = Literal[
 
 @dataclass
 class Ragged:
-    """An expanded axis merged with a live one: replica (i, j) may go for each i on its own.
+    """An expanded axis merged with a live one: replica (i, j) may go for each i separately.
 
-    All copies hold the same values, so what matters is only how many stay, and that it is equally
-    many for every i that stays.
+    All copies hold the same values, so it only matters that equally many stay for every i.
 
     Attributes:
         outer: rows of the live axis, shape (a, k).
         pairs: atoms of the replicas, shape (a, b).
-        inner: rows of the expanded axis, shape (b, 1); its length is what the model's code reads.
+        inner: rows of the expanded axis, shape (b, 1), whose length the model's code reads.
     """
 
     outer: IntArray
@@ -58,8 +57,8 @@ class Choice:
 
     Attributes:
         rows: rows of the axis, shape (n, k).
-        count: how many are chosen.
-        available: how many of the n could be chosen; the others were masked.
+        count: number of positions chosen.
+        available: number of positions to choose from; the others were masked.
     """
 
     rows: IntArray
@@ -69,7 +68,20 @@ class Choice:
 
 @dataclass
 class Trace:
-    """What a run states about a model, before it is made into groups."""
+    """Everything that a run recorded about a model.
+
+    Attributes:
+        tensors: name -> the rows of its axes.
+        order: name -> when it was first used.
+        equations: integers that sized axes.
+        numbers: expressions whose values the code calculated with or compared -> line of code.
+        checks: comparisons that must come out as before, with their line of code.
+        lengths: rows of the axes whose sizes the code read; ("len", i) is lengths[i].
+        attributes: attribute -> value.
+        roles: how axes are used, which gives groups their kinds.
+        residual: rows of the hidden state.
+        unread: atoms of new tensors that nothing has read yet.
+    """
 
     atoms: Atoms = field(default_factory=Atoms)
     tensors: dict[str, Axes] = field(default_factory=dict)
@@ -84,17 +96,16 @@ class Trace:
     choices: list[Choice] = field(default_factory=list)
     residual: IntArray | None = None
     unread: set[int] = field(default_factory=set)
-    """Atoms of tensors that were made anew, until their values or sizes are read."""
 
     @property
     def values(self) -> dict[Expr, int]:
-        """The value of each attribute and each length, as the model is."""
+        """The value of each attribute and each length in the dense model."""
         lengths = {("len", number): len(rows) for number, rows in enumerate(self.lengths)}
         return {**self.attributes, **lengths}
 
 
 def settle(trace: Trace, model: nn.Module, aliases: Mapping[str, str]) -> None:
-    """Draw the conclusions that need the whole trace; aliases: other names -> first name."""
+    """Draw the conclusions that need the whole trace; ``aliases``: other name -> first name."""
     _follow_read(trace, model)
     _forget_unread(trace)
     _freeze_unreached(trace, aliases)
@@ -106,7 +117,7 @@ def settle(trace: Trace, model: nn.Module, aliases: Mapping[str, str]) -> None:
 def _described(
     trace: Trace, model: nn.Module, aliases: Mapping[str, str]
 ) -> tuple[dict[Expr, IntArray], dict[Expr, Axes]]:
-    """Return the rows of the axes, or products of two, whose sizes standard modules state."""
+    """Return attributes of standard modules -> the axis, or the two axes, that they describe."""
     found: dict[Expr, IntArray] = {}
     multiples: dict[Expr, Axes] = {}
     for path, module in model.named_modules():
@@ -126,7 +137,7 @@ def _described(
 
 
 def _follow_read(trace: Trace, model: nn.Module) -> None:
-    """Let a tensor that was not read follow what was in its module, if that shrinks alike."""
+    """Tie a tensor that was not read to one of its module that was and must shrink alike."""
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         own = {
@@ -138,7 +149,7 @@ def _follow_read(trace: Trace, model: nn.Module) -> None:
         read = [name for name in own if name in trace.order]
         for name in own:
             like = [one for one in read if _stands_for(own[one], own[name])]
-            # Rotary embeddings of several kinds keep the first frequencies of each.
+            # Prefer the tensor that this is the original of (rotary frequencies).
             like.sort(key=lambda one: one != name.replace("original_", ""))
             first, *rest = (trace.tensors[one] for one in like or [name])
             agree = all(all(map(trace.atoms.same, one[::-1], first[::-1])) for one in rest)
@@ -157,8 +168,8 @@ def _follow_read(trace: Trace, model: nn.Module) -> None:
 def _stands_for(read: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether another tensor of a module must shrink as one that was read.
 
-    Rotary embeddings keep an equal copy of their frequencies, to go back to it. Attention keeps a
-    bias for segments beside one for content, of the same last axes, and reads it if given segments.
+    Rotary embeddings keep an equal copy of their frequencies. XLNet's attention keeps a bias for
+    segments like the one for content, and reads it only if it is given segments.
     """
     if isinstance(read, nn.Parameter) != isinstance(other, nn.Parameter):
         return False
@@ -168,10 +179,7 @@ def _stands_for(read: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _forget_unread(trace: Trace) -> None:
-    """Drop the sizes of new tensors that nothing reads, where other axes give them.
-
-    They have as many positions as are left there, whatever goes.
-    """
+    """Drop the equations of new tensors that nothing reads, if lengths of other axes size them."""
     trace.equations = [
         one
         for one in trace.equations
@@ -183,8 +191,7 @@ def _forget_unread(trace: Trace) -> None:
 def _freeze_unreached(trace: Trace, aliases: Mapping[str, str]) -> None:
     """Freeze tensors that the run did not read, and those at the same place in their siblings.
 
-    What was not read may be read with other tokens (an expert that no token chose), and would not
-    fit then if its siblings shrank.
+    Other tokens may reach them (an expert that no token chose), and then they must still fit.
     """
     reached = set(trace.order) | {alias for alias, first in aliases.items() if first in trace.order}
     missed = [name for name in trace.tensors if name not in reached]
@@ -198,25 +205,10 @@ def _freeze_unreached(trace: Trace, aliases: Mapping[str, str]) -> None:
                 trace.atoms.freeze(rows, reason if other == name else f"{name} was {reason}")
 
 
-def _state_equal(trace: Trace, left: Expr, right: Expr) -> None:
-    """Record that code compares a size with an attribute, and goes on only if they are equal."""
-    if right[0] == "len":
-        left, right = right, left
-    if left[0] == "len" and right[0] == "attr":
-        trace.equations.append(Equation(right, trace.lengths[left[1]], "a comparison"))
-
-
-def _are_equal(expr: Expr, old: Mapping[Expr, int]) -> bool:
-    """Whether a comparison asks if two sizes are equal, or not, and they are."""
-    left, right = (evaluate(side, old) for side in expr[1:])
-    return expr[0] in ("==", "!=") and left == right
-
-
 def _may_turn(expr: Expr, old: Mapping[Expr, int]) -> bool:
-    """Whether a comparison of one size with a constant comes out otherwise if the size shrinks.
+    """Whether a comparison of one size with a constant changes for a smaller size above 1.
 
-    Whether there is more than one is asked everywhere, and answered right either way: code that
-    repeats or loops does so once.
+    Code that asks whether there is more than one (to repeat or to loop) is right either way.
     """
     (leaf,) = set(leaves(expr))
     now = evaluate(expr, old)
@@ -224,7 +216,7 @@ def _may_turn(expr: Expr, old: Mapping[Expr, int]) -> bool:
 
 
 def _used_as_numbers(trace: Trace) -> dict[Expr, str]:
-    """Freeze axes whose length is used as a number; return attribute -> why it is a number, too."""
+    """Freeze axes whose length is used as a number; return attributes used so -> reason."""
     old = trace.values
     found: dict[Expr, str] = {}
     for expr, where in trace.numbers.items():
@@ -233,18 +225,19 @@ def _used_as_numbers(trace: Trace) -> dict[Expr, str]:
             expr = expr[1]
         if expr[0] in COMPARISONS:
             if len(set(leaves(expr))) > 1:
-                sides = {side[0] for side in expr[1:]}
-                if _are_equal(expr, old) and sides in ({"len"}, {"len", "attr"}):
-                    # Two tensors may differ in size where they did not; the twin says if they may.
-                    _state_equal(trace, expr[1], expr[2])
-                else:
+                one, other = sorted(expr[1:], key=lambda side: side[0] == "len")
+                equal = expr[0] in ("==", "!=") and evaluate(one, old) == evaluate(other, old)
+                if not (equal and other[0] == "len" and one[0] in ("len", "attr")):
                     trace.checks.append((expr, where))
-                continue
+                elif one[0] == "attr":
+                    rows = trace.lengths[other[1]]
+                    trace.equations.append(Equation(one, rows, "a comparison"))
+                continue  # lengths of two tensors may differ; the twin shows whether they may
             try:
                 if not _may_turn(expr, old):
                     continue
                 if any(side[0] == "%" and not evaluate(side, old) for side in expr[1:]):
-                    trace.checks.append((expr, where))  # pairs, say, stay pairs
+                    trace.checks.append((expr, where))  # an even size stays even
                     continue
             except ZeroDivisionError:
                 pass
@@ -265,17 +258,17 @@ def _pin_sizes(
     multiples: Mapping[Expr, Axes],
     as_number: Mapping[Expr, str],
 ) -> None:
-    """Freeze axes that are sized by attributes that are used as numbers, which say why."""
+    """Freeze axes that are sized by attributes which the code uses as numbers."""
     for leaf, reason in as_number.items():
         own = [described[leaf]] if leaf in described else []
         for rows in (*own, *multiples.get(leaf, ())):
             trace.atoms.freeze(rows, reason)
-    # What a module states of itself is stated anew, so what it sizes elsewhere must shrink as well.
+    # A module's description of its own weight changes with it, so what it sizes must shrink too.
     stated = (*(equation.expr for equation in trace.equations), *dict(trace.checks))
     sizing = {leaf for expr in stated for leaf in leaves(expr)}
     for leaf in sizing & described.keys():
         trace.equations.append(Equation(leaf, described[leaf], "its own weight"))
-    # Where an attribute sizes an axis alone, that axis pins it: products with it are then free.
+    # An axis that such an attribute sizes alone pins it; products with it are then free.
     alone = {equation.expr for equation in trace.equations if equation.expr in as_number}
     for equation in trace.equations:
         for leaf in leaves(equation.expr):
@@ -284,11 +277,11 @@ def _pin_sizes(
 
 
 def _settle_copies(trace: Trace) -> None:
-    """Let the copies of an expanded axis be one with it, or stay with it, where they have to."""
+    """Freeze the copies of an expanded axis if it is frozen, and unify them if it is tied."""
     atoms = trace.atoms
     changed = True
     while changed:
-        # Freezing one replica axis may touch another, so go on until nothing changes.
+        # Freezing one replica axis may touch another.
         changed = False
         for ragged in trace.ragged:
             flat: IntArray = ragged.pairs.reshape(-1, 1)

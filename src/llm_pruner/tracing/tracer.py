@@ -1,14 +1,13 @@
-"""Runs a model once and keeps, for every tensor, which deletion removes which position.
+"""Follows a model's run, and keeps for every tensor which deletion removes which position.
 
 Every ATen operation passes through ``Tracer`` (a ``TorchDispatchMode``), whatever Python code
-called it; its rule (``ops``) states how the axes of its result follow from the axes of its inputs.
-An operation without a rule freezes all that goes in.
+called it. Its rule (``ops``) states how the axes of its result follow from those of its inputs. An
+operation without a rule freezes its inputs.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -27,10 +26,9 @@ from llm_pruner.types import IntArray
 
 
 class Marks:
-    """A dictionary by the identity of tensors, which it does not keep alive.
+    """A dictionary by identity of tensors, which it does not keep alive.
 
-    A run looks tensors up many times for each operation, so nothing is made to look one up:
-    entries are kept by ``id``, and go with their tensor, before another can have it.
+    Entries are kept by ``id`` and vanish with their tensor, before another can have that id.
     """
 
     def __init__(self) -> None:
@@ -53,19 +51,26 @@ class Marks:
     def get(self, tensor: torch.Tensor) -> Any:
         """Return the value of a tensor, or None."""
         known = self._found.get(id(tensor))
-        if known is not None:
-            return known[1]
-        if not isinstance(tensor, torch.Tensor):
+        if known is None and not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{type(tensor).__name__} is no tensor")
-        return None
-
-    def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether all of these tensors are in it."""
-        return all(map(self.__contains__, tensors))
+        return known and known[1]
 
 
 class Tracer(TorchDispatchMode):
-    """Labels the axes of all tensors in ``trace`` as a model runs; ``ghosts`` runs operations."""
+    """Labels the axes of every tensor of a run in ``trace``; ``ghosts`` runs the operations.
+
+    Attributes:
+        labels: the rows (see ``atoms``) of every axis of a tensor.
+        domains: the rows of the axis whose positions an integer tensor holds (from ``topk``).
+        counts: tensors that count how often each position was chosen.
+        weights: parameters, buffers and what is made of them alone -> rows of axes that were
+            reduced away.
+        vocabulary: tensors of token ids.
+        one_hot: token ids as one-hot rows.
+        cut_from: slices -> rows of the axis that they were cut from.
+        unread: new tensors that nothing has read -> their atoms.
+        function: name of the torch function that runs.
+    """
 
     def __init__(self, trace: Trace, ghosts: GhostRunner | None = None) -> None:
         super().__init__()
@@ -75,7 +80,7 @@ class Tracer(TorchDispatchMode):
         self.labels = Marks()
         self.domains = Marks()
         self.counts = Marks()
-        self.weights = Marks()  # what one was made of that is no axis of it any more
+        self.weights = Marks()
         self.names = Marks()
         self.vocabulary = Marks()
         self.one_hot = Marks()
@@ -95,7 +100,7 @@ class Tracer(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Spare each operation a wrapper against compilation, which is off during a trace."""
+        """Skip a wrapper around each operation: nothing compiles during a trace."""
         return False
 
     # ------------------------------------------------------------- labelling
@@ -108,7 +113,6 @@ class Tracer(TorchDispatchMode):
             ]
         known = self.trace.tensors[name]
         if len(known) == tensor.dim():
-            # A table that has grown since then is new along that axis.
             self.labels[tensor] = [
                 rows if len(rows) == size else self.frozen_rows(size, "its length has changed")
                 for rows, size in zip(known, tensor.shape, strict=True)
@@ -119,7 +123,7 @@ class Tracer(TorchDispatchMode):
         (self._trained if trained else self._buffers).add(storage_of(tensor))
 
     def frozen_rows(self, count: int, reason: str) -> IntArray:
-        """Return rows that are never deleted, and remember why."""
+        """Return rows that are never deleted, with the reason."""
         if reason not in self._shared:
             atom = self.atoms.fresh(1)
             self.atoms.freeze(atom, reason)
@@ -155,12 +159,12 @@ class Tracer(TorchDispatchMode):
             self.freeze(rows, reason)
 
     def set_label(self, tensor: torch.Tensor, axes: Axes) -> None:
-        """Label a result; axes of one position carry nothing."""
+        """Label a result; axes of one position carry no atoms."""
         for rows, size in zip(axes, tensor.shape, strict=True):  # ValueError: of other dimensions
             if len(rows) != size:
                 raise ValueError(f"label {[len(r) for r in axes]} for shape {tuple(tensor.shape)}")
             if size == 1 and rows.size:
-                # Cut out of a longer axis: code that takes this position needs it to stay.
+                # The code takes this position of a longer axis, so it must stay.
                 self.freeze(rows, "single positions of it are taken")
         self.labels[tensor] = [_ONE if len(rows) == 1 else rows for rows in axes]
 
@@ -174,10 +178,10 @@ class Tracer(TorchDispatchMode):
         self.atoms.freeze(rows, reason)
 
     def merge(self, outer: IntArray, inner: IntArray) -> IntArray:
-        """Return the rows of two merged axes; a replica axis becomes one atom per pair.
+        """Return the rows of two merged axes; an inner replica axis becomes one atom per pair.
 
-        Where copies are the outer axis (`b (r kv) n d`), code finds the original of a copy by its
-        place, so that a copy goes for all originals at once.
+        Where replicas are the outer axis (`b (r kv) n d`), code finds the original of a copy by its
+        position, so a copy goes for all originals at once.
         """
         if len(outer) == 1:
             return inner
@@ -206,8 +210,8 @@ class Tracer(TorchDispatchMode):
     def _unpack(self, grid: IntArray) -> tuple[IntArray, IntArray] | None:
         """Split an axis of replica pairs again (query heads into groups by key-value head).
 
-        What is left of the inner axis differs from one outer position to the next, in content but
-        not in number. So it is a new axis that must stay what it is until it is merged again.
+        Each outer position keeps as many inner ones, but not the same ones. So the inner axis is a
+        new one, which must not be reduced over until it is merged again.
         """
         for ragged in reversed(self.trace.ragged):
             if ragged.pairs.shape != grid.shape[:2]:
@@ -224,7 +228,7 @@ class Tracer(TorchDispatchMode):
         return None
 
     def require_whole(self, rows: IntArray) -> None:
-        """Freeze an axis that is reduced over, if its positions differ from group to group."""
+        """Freeze an axis that is reduced over if its positions differ from group to group."""
         if rows.size and int(rows[0, 0]) in self._packed:
             self.freeze(rows, "the query heads of a group are reduced over")
 
@@ -246,7 +250,7 @@ class Tracer(TorchDispatchMode):
         if unpacked is not None:
             return unpacked
         if grid.shape[2] > 2:
-            # Two new axes cannot be paired with three: those along neither stay, the others go on.
+            # Two new axes cannot be paired with three atoms: freeze those along neither.
             odd = grid[:, :, ~(by_outer | by_inner)]
             self.freeze(odd.reshape(len(rows), -1), "two views of one axis divide it differently")
             return self.split(rows, outer, inner)
@@ -255,7 +259,7 @@ class Tracer(TorchDispatchMode):
         return first, second
 
     def note(self, role: Role, rows: IntArray) -> None:
-        """Remember where an axis occurs; used to name its kind."""
+        """Remember how an axis is used; this gives its group a kind."""
         if len(rows) > 1:
             self.trace.roles.setdefault(role, []).append(rows)
 
@@ -272,18 +276,18 @@ class Tracer(TorchDispatchMode):
         self.trace.choices.append(Choice(rows, count, max(available, count)))
 
     def look_up(self, rows: IntArray, index: torch.Tensor) -> None:
-        """Hear of an axis that is read or written by an index; who follows token ids asks."""
+        """Called for every axis that an index reads or writes; subclasses override it."""
 
     def is_weight(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is a parameter, a buffer that stays as it is, or their view or cast."""
+        """Whether a tensor is a parameter or a constant buffer, or a view or cast of one."""
         return tensor in self.weights and storage_of(tensor) not in self._written
 
     def is_made_up(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is a parameter, or made of one, whose values a stand-in made up."""
+        """Whether a tensor is a parameter, or made of one, whose values a ghost made up."""
         known = self._ghosts is not None and tensor in self.weights
         return known and storage_of(tensor) not in self._buffers
 
-    # ------------------------------------------------ Recorder (function mode)
+    # ------------------------------------- called by the function mode (SizeMode)
 
     def axes(self, tensor: torch.Tensor) -> Axes | None:
         """Return the rows of a tensor that the trace knows, or None."""
@@ -291,23 +295,21 @@ class Tracer(TorchDispatchMode):
 
     def length(self, tensor: torch.Tensor, dim: int) -> Any:
         """Return the size of an axis as an integer that remembers the axis."""
-        self._heed(tensor)
+        self._mark_read(tensor)
         rows = self.label(tensor)[dim]
         if len(rows) == 1 or id(rows) in self._fixed:
             return len(rows)
         if not self.atoms.resolve(rows).size:
-            # What is frozen stays so. Kept, so that its identity stays its own.
-            self._fixed[id(rows)] = rows
+            self._fixed[id(rows)] = rows  # kept alive, so that no other rows get this id
             return len(rows)
-        # The trace keeps the rows, so that their identity stays theirs.
         number = self._lengths.setdefault(id(rows), len(self.trace.lengths))
         if number == len(self.trace.lengths):
             self.trace.lengths.append(rows)
         expr = ("len", number)
         return TracedInt(len(rows), expr, self.used_as_number)
 
-    def _heed(self, tensor: torch.Tensor) -> None:
-        """Remember that something reads a tensor, its values or its size."""
+    def _mark_read(self, tensor: torch.Tensor) -> None:
+        """Record that something reads the values or the size of a tensor."""
         if tensor in self.unread:
             self.trace.unread -= self.unread[tensor]
 
@@ -322,7 +324,7 @@ class Tracer(TorchDispatchMode):
             self.freeze(rows, f"its size {len(rows)} is written in the code ({where})")
 
     def tie_windows(self, rows: IntArray, step: int, where: str) -> None:
-        """State that each run of ``step`` neighbouring positions goes together."""
+        """State that every ``step`` neighbouring positions go together."""
         whole = len(rows) // step
         if not rows.size or not whole:
             self.freeze(rows, f"left over by a {where}")
@@ -334,12 +336,12 @@ class Tracer(TorchDispatchMode):
             self.freeze(rows[whole * step :], f"left over by a {where}")
 
     def used_as_number(self, expr: Expr) -> None:
-        """Record where a size entered the arithmetic of the model, or was compared."""
+        """Record where the code calculates with a size, or compares it."""
         if expr not in self.trace.numbers:
             self.trace.numbers[expr] = code_line()
 
     def values_read(self, tensor: torch.Tensor, where: str) -> None:
-        """Freeze a tensor whose values the code reads; what it does with them is unknown."""
+        """Freeze a tensor whose values the code reads: what it does with them is unknown."""
         reason = f"the code follows its values ({where})"
         self.freeze_axes(tensor, reason)
         self._freeze_domains([tensor], reason)
@@ -360,28 +362,31 @@ class Tracer(TorchDispatchMode):
         for tensor in inputs:
             if tensor in self.names:
                 self.trace.order.setdefault(self.names[tensor], self._clock)
-            self._heed(tensor)
+            self._mark_read(tensor)
         if known.mutates and inputs and inputs[0] in self.weights:
             self._written |= {storage_of(inputs[0])} - self._trained
         before = args
-        if known.reshapes:  # and the rule is to see what it was
+        if known.reshapes:  # the rule must see the old axes
             before = (inputs[0].detach(), *args[1:])
             self.labels[before[0]] = self.label(inputs[0])
             inputs = [before[0], *inputs[1:]]
         call = Call(known.name, inputs, self.execute(known, args, kwargs))
         try:
             if self.function in (COMPILED_CODE, TRANSFORMED_CODE):
-                raise UnplacedError(f"read by {self.function} of which nothing is known")
+                raise UnplacedError(f"read by {self.function}, which cannot be followed")
             if known.op.rule is None:
                 raise UnplacedError(f"no rule for the operation {call.name}")
             if known.op.domain == "read":
                 self._freeze_domains(inputs, f"its positions are chosen by {call.name}")
             known.op.rule(self, call, **known.asked(known.op.rule, before, kwargs))
         except (UnplacedError, ValueError, LookupError, TypeError) as error:
-            # A call in a form that the rule was not made for is as good as one without a rule.
+            # The rule was not made for this form of the call.
             form = f"no rule for this form of the operation {call.name}"
             reason = str(error) if isinstance(error, UnplacedError) else form
-            self._give_up(call, reason)
+            for tensor in inputs:
+                self.freeze_axes(tensor, reason)
+            for tensor in call.results:
+                self.set_label(tensor, self.frozen_axes(tensor, reason))
             self._freeze_domains(inputs, reason)
         else:
             if known.op.domain == "kept" and inputs[0] in self.domains:
@@ -395,32 +400,24 @@ class Tracer(TorchDispatchMode):
             if tensor in self.domains:
                 self.freeze(self.domains[tensor], reason)
 
-    def _give_up(self, call: Call, reason: str) -> None:
-        """Freeze all that went into a call and all that came out."""
-        for tensor in call.inputs:
-            self.freeze_axes(tensor, reason)
-        for tensor in call.results:
-            self.set_label(tensor, self.frozen_axes(tensor, reason))
-
     def follow(self, known: Operation, call: Call, args: tuple[Any, ...]) -> None:
-        """Let results be weights, token ids or parts of an axis, as what they are made of."""
+        """Mark results as weights, token ids or slices if their inputs are."""
         if known.view and call.inputs[0] in self.cut_from:
             for tensor in call.results:
                 if tensor not in self.cut_from:
                     self.cut_from[tensor] = self.cut_from[call.inputs[0]]
-        # Weights that an index takes, of the expert that a token is given, are weights still.
+        # A buffer that was written to (a cache) counts as an activation.
+        is_weight = known.op.makes_weights and all(one in self.weights for one in call.inputs)
+        marks: list[Marks] = []
         if known.op.moves and (first := tensors_in(args[:1])):
-            marks = [m for m in (self.weights, self.vocabulary, self.one_hot) if m.holds(first)]
-            if storage_of(first[0]) in self._written:  # a cache is none, nor is a copy of it
-                marks = [mark for mark in marks if mark is not self.weights]
-        elif known.op.makes_weights and self.weights.holds(call.inputs):
-            marks = [self.weights]
-        else:
-            return
+            marks = [m for m in (self.vocabulary, self.one_hot) if all(one in m for one in first)]
+            is_weight = all(map(self.is_weight, first))
         lost = tuple(rows for one in call.inputs for rows in self.weights.get(one) or ())
-        for mark in marks:
-            for tensor in call.results:
-                mark[tensor] = lost if mark is self.weights else True
+        for tensor in call.results:
+            if is_weight:
+                self.weights[tensor] = lost
+            for mark in marks:
+                mark[tensor] = True
 
     def execute(self, known: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the operation; the twin overrides this."""

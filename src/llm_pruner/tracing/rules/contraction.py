@@ -16,7 +16,7 @@ from llm_pruner.types import IntArray
 
 
 def _note_attention(tracer: Tracer, left: Tensor, right: Tensor) -> None:
-    """Name the axes of a product of two activations: scores, or weights times values."""
+    """Note the roles of axes in a product of two activations: scores, or weights times values."""
     if tracer.is_weight(left) or tracer.is_weight(right):
         return
     batch, _, inner = tracer.label(left)
@@ -31,7 +31,7 @@ def _note_attention(tracer: Tracer, left: Tensor, right: Tensor) -> None:
 def _note_read(
     tracer: Tracer, left: Tensor, right: Tensor, rows: IntArray, others: IntArray
 ) -> None:
-    """Remember that an axis, ``rows`` in ``left`` and ``others`` in ``right``, is summed over."""
+    """Note that an axis, ``rows`` in ``left`` and ``others`` in ``right``, is summed over."""
     tracer.note("read", rows)
     if tracer.is_weight(left) != tracer.is_weight(right):
         tracer.note("weighed", rows if tracer.is_weight(left) else others)
@@ -45,27 +45,27 @@ def _multiply(tracer: Tracer, call: Call, left: Tensor, right: Tensor) -> None:
     tracer.set_label(call.out, rows[:-1] + columns[1:])
 
 
-def _living(alive: Alive, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two factors at the living positions of what is summed over; others may be no zeros."""
+def _living_product(
+    alive: Alive,
+    run: Run,
+    self: Tensor,
+    mat1: Tensor | None = None,
+    mat2: Tensor | None = None,
+    batch1: Tensor | None = None,
+    batch2: Tensor | None = None,
+) -> Any:
+    """Multiply the living positions only: the others of one factor may not be zeros."""
+    if batch1 is not None and batch2 is not None:
+        names, left, right = ("batch1", "batch2"), batch1, batch2
+    else:
+        assert mat2 is not None
+        names = ("self" if mat1 is None else "mat1", "mat2")
+        left, right = self if mat1 is None else mat1, mat2
     living = alive(left, left.dim() - 1)
     if living is None:
-        return left, right
-    return left.index_select(-1, living), right.index_select(-2, living)
-
-
-def _living_product(alive: Alive, run: Run, self: Tensor, mat2: Tensor) -> Any:
-    left, right = _living(alive, self, mat2)
-    return run(self=left, mat2=right)
-
-
-def _living_sum(alive: Alive, run: Run, mat1: Tensor, mat2: Tensor) -> Any:
-    left, right = _living(alive, mat1, mat2)
-    return run(mat1=left, mat2=right)
-
-
-def _living_sums(alive: Alive, run: Run, batch1: Tensor, batch2: Tensor) -> Any:
-    left, right = _living(alive, batch1, batch2)
-    return run(batch1=left, batch2=right)
+        return run()
+    cut = left.index_select(-1, living), right.index_select(-2, living)
+    return run(**dict(zip(names, cut, strict=True)))
 
 
 @rule("mm", product=True, makes_weights=True, alive=_living_product)
@@ -85,13 +85,13 @@ def bmm(tracer: Tracer, call: Call, self: Tensor, mat2: Tensor) -> None:
     _note_attention(tracer, self, mat2)
 
 
-@rule("addmm", product=True, alive=_living_sum)
+@rule("addmm", product=True, alive=_living_product)
 def addmm(tracer: Tracer, call: Call, self: Tensor, mat1: Tensor, mat2: Tensor) -> None:
     mm(tracer, call, mat1, mat2)
     tracer.set_label(call.out, broadcast(tracer, [call.out, self], 2))
 
 
-@rule("baddbmm", product=True, alive=_living_sums)
+@rule("baddbmm", product=True, alive=_living_product)
 def baddbmm(tracer: Tracer, call: Call, self: Tensor, batch1: Tensor, batch2: Tensor) -> None:
     bmm(tracer, call, batch1, batch2)
     tracer.set_label(call.out, broadcast(tracer, [call.out, self], 3))
@@ -104,7 +104,7 @@ def mv(tracer: Tracer, call: Call, self: Tensor, vec: Tensor) -> None:
 
 @rule("dot", "vdot", product=True)
 def dot(tracer: Tracer, call: Call) -> None:
-    """A number; one of nothing but weights divides them, as in a spectral norm."""
+    """One number; that of two weights scales them, as in a spectral norm."""
     left, right = call.inputs
     if tracer.is_weight(left) and tracer.is_weight(right):
         raise UnplacedError("one number is made of the whole weight (a spectral norm)")
@@ -115,8 +115,8 @@ def dot(tracer: Tracer, call: Call) -> None:
 def grouped_mm(tracer: Tracer, call: Call, self: Tensor, mat2: Tensor, offs: Tensor | None) -> None:
     """Rows sorted by expert times the weights of their expert: (t, k) x (experts, k, n).
 
-    Where the rows of each expert end is given by running sums over counts. An expert that is never
-    chosen has no rows, so that the others do not notice when it goes.
+    ``offs`` are running sums of counts: where the rows of each expert end. An expert that is never
+    chosen has no rows, so it can go without a trace.
     """
     left, right = tracer.label(self), tracer.label(mat2)
     if len(left) != 2 or len(right) != 3:
@@ -135,7 +135,7 @@ def grouped_mm(tracer: Tracer, call: Call, self: Tensor, mat2: Tensor, offs: Ten
 
 @rule("linalg_solve_triangular", product=True)
 def solve_triangular(tracer: Tracer, call: Call, self: Tensor, B: Tensor, left: bool) -> None:
-    """X of self X = B, or of X self = B: what is solved along stays, every column is by itself."""
+    """X of self X = B or X self = B: the axis of the system stays, columns are independent."""
     systems, axes = tracer.label(self), tracer.label(B)
     for rows in (*systems[-2:], axes[-2 if left else -1]):
         tracer.freeze(rows, "a system of equations is solved along it")
@@ -159,9 +159,8 @@ def convolution(
 ) -> None:
     """Convolutions of any number of dimensions, transposed ones and ones in groups.
 
-    The first axis of the weight is divided into groups: it holds the output channels, shape
-    (out, in / groups, ...), of a transposed one the input channels, (in, out / groups, ...). Input
-    and output channels are (group, channel of it): whole groups can go, or the same of each.
+    Weights are (out, in / groups, ...), or (in, out / groups, ...) if transposed. Channels are
+    (group, channel in it): whole groups can go, or the same channel of each.
     """
     axes, filters = tracer.label(input), tracer.label(weight)
     for rows in (*axes[2:], *filters[2:]):
@@ -187,5 +186,5 @@ def convolution(
     tracer.set_label(call.out, [axes[0], channels, *tail])
 
 
-# Products of which no rule is known, but that need not be computed with stand-ins.
+# Products without a rule; ghosts need not compute them.
 OPS |= dict.fromkeys(("addmv", "linear", "matmul", "grouped_mm_fallback"), Op(product=True))

@@ -1,7 +1,7 @@
-"""Lookups: positions taken by value.
+"""Indexing: positions taken by value.
 
-An index whose values are known to be positions of a live axis (from ``topk``) lets both shrink
-together: what is deleted is never chosen. Any other index freezes the axis that it reads.
+An index that holds positions of a live axis (from ``topk``) lets both axes shrink together, as what
+is deleted is never chosen. Any other index freezes the axis that it reads.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _indexed(tracer: Tracer, self: Tensor, dim: int, index: Tensor, what: str) -
 
 
 def _note_tokens(tracer: Tracer, index: Tensor, tail: Axes) -> None:
-    """The first table that tokens index is where the hidden state begins."""
+    """The first table that token ids index gives the hidden state."""
     if index in tracer.vocabulary and tracer.trace.residual is None and tail:
         tracer.trace.residual = tail[-1]
 
@@ -159,7 +159,7 @@ def index_add(
 
 @rule("index_put", "index_put_", "_index_put_impl_")
 def index_put(tracer: Tracer, call: Call, self: Tensor, indices: Indices, values: Tensor) -> None:
-    """Writing by position freezes indexed axes, but for a number by a mask of its own shape."""
+    """Writing by position freezes the indexed axes, unless a mask of ``self``'s shape fills it."""
     mask = indices[0]
     of_all = mask is not None and mask.dtype == torch.bool and mask.shape == self.shape
     if of_all and values.numel() == 1:
@@ -194,7 +194,7 @@ def index_put(tracer: Tracer, call: Call, self: Tensor, indices: Indices, values
 @rule("nonzero", "_local_scalar_dense", "equal", "is_nonzero")
 @rule("searchsorted", "bucketize", "unique_consecutive", "_unique2")
 def found(tracer: Tracer, call: Call) -> None:
-    """``nonzero``, ``.item()`` and the like: the code follows the values."""
+    """``nonzero``, ``.item()``: what the code does next depends on the values."""
     for tensor in call.inputs:
         tracer.freeze_axes(tensor, f"the code follows its values ({call.name})")
     for result in call.results:
@@ -214,7 +214,7 @@ def histc(tracer: Tracer, call: Call, self: Tensor, bins: int, min: float, max: 
 
 
 def _count(tracer: Tracer, call: Call, counted: Tensor, complete: Callable[[int], bool]) -> None:
-    """How often each position was chosen, if there is one bin for each of them."""
+    """Count how often each position was chosen, if every position has a bin of its own."""
     domain = tracer.domains.get(counted)
     if domain is None:
         found(tracer, call)

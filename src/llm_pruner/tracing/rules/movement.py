@@ -19,8 +19,8 @@ from llm_pruner.tracing.tracer import Tracer
 def view_axes(tracer: Tracer, axes: Axes, shape: tuple[int, ...]) -> Axes:
     """Return the axes of a view in row-major order.
 
-    Old and new sizes are cut into the smallest blocks of equal product; inside a block the old axes
-    merge and the merged one splits.
+    Old and new sizes are cut into the smallest blocks of equal product. Inside a block the old axes
+    are merged and split again.
     """
     result: Axes = [empty_rows(1) for _ in shape]
     old = [(len(rows), rows) for rows in axes if len(rows) != 1]
@@ -55,7 +55,7 @@ _MOVED: dict[str, Any] = {"moves": True, "domain": "kept"}
 def view(tracer: Tracer, call: Call, self: Tensor) -> None:
     out = call.out
     if self.numel() == 0:
-        # No tokens: what axes there are beside theirs is known where there are as many without any.
+        # No tokens: the other axes follow if as many axes are empty before and after.
         axes, shape = tracer.label(self), tuple(out.shape)
         kept = [rows for rows in axes if len(rows)]
         if shape.count(0) != len(axes) - len(kept) or math.prod(map(len, kept)) != math.prod(
@@ -109,7 +109,7 @@ def squeeze(tracer: Tracer, call: Call, self: Tensor) -> None:
 
 
 def _in_front(tracer: Tracer, tensor: Tensor, dims: int) -> Axes:
-    """Return the axes of a tensor behind new ones of one position, ``dims`` in all."""
+    """Return the axes of a tensor with new ones of one position in front, ``dims`` in all."""
     axes = tracer.label(tensor)
     return [empty_rows(1)] * (dims - len(axes)) + axes
 
@@ -140,7 +140,7 @@ def repeat(tracer: Tracer, call: Call, self: Tensor) -> None:
         elif len(rows) == 1:
             result.append(tracer.atoms.fresh(size, replica=True))
         else:
-            # Tokens once for each expert: the copies may go with what they meet.
+            # Tokens once for each expert: copies may go with what they meet.
             if tracer.atoms.resolve(rows).size:
                 times = tracer.frozen_rows(size // len(rows), "repeated a fixed number of times")
             else:
@@ -192,7 +192,7 @@ def split(tracer: Tracer, call: Call, self: Tensor, dim: int) -> None:
 
 @rule("cat", moves=True, domain="tied")
 def cat(tracer: Tracer, call: Call, tensors: Sequence[Tensor], dim: int) -> None:
-    # An empty tensor of one axis goes with any others.
+    # An empty tensor of one axis may be joined with any other.
     labels = [tracer.label(part) for part in tensors if part.dim() == call.out.dim()]
     dim = dim % call.out.dim()
     axes: Axes = []
@@ -202,7 +202,7 @@ def cat(tracer: Tracer, call: Call, tensors: Sequence[Tensor], dim: int) -> None
             continue
         axes.append(reduce(tracer.unify, rows))
     tracer.set_label(call.out, axes)
-    # Chosen positions beside others of the same kind are positions still.
+    # Positions of one axis joined are positions still.
     domains = [tracer.domains[part] for part in tensors if part in tracer.domains]
     if len(domains) == len(tensors) and len({*map(len, domains)}) == 1:
         tracer.domains[call.out] = reduce(tracer.unify, domains)
@@ -226,7 +226,7 @@ def stack(tracer: Tracer, call: Call, tensors: Sequence[Tensor], dim: int) -> No
 def pad(
     tracer: Tracer, call: Call, self: Tensor, pad: Sequence[int] = (), padding: Sequence[int] = ()
 ) -> None:
-    """Of the last axis first, how many are added before and behind; as many may go: a shift."""
+    """``pad`` counts the positions added before and behind, last axis first; negative ones crop."""
     axes = tracer.label(self)
     for number, count in enumerate([*pad, *padding]):
         if count:
@@ -238,7 +238,6 @@ def pad(
 
 @rule("roll", "flip")
 def reorder(tracer: Tracer, call: Call, self: Tensor, dims: Sequence[int]) -> None:
-    """The axes that move keep their length only when nothing is deleted."""
     axes = tracer.label(self)
     for dim in dims or range(len(axes)):
         tracer.freeze(axes[dim], f"reordered by {call.name}")

@@ -1,4 +1,4 @@
-"""Element by element (all inputs shrink together, broadcasting aside), and new tensors."""
+"""Elementwise operations, whose inputs shrink together, and new tensors."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def broadcast(tracer: Tracer, inputs: list[Tensor], dims: int) -> Axes:
 @rule("clamp", "clamp_max", makes_weights=True, keeps_ids=True)
 @rule("remainder", "where", keeps_ids=True)
 def pointwise(tracer: Tracer, call: Call) -> None:
-    """Unify everything that meets; an operation in place labels its target anew."""
+    """Unify the axes of all inputs; an operation in place labels its target anew."""
     for result in call.results:
         axes = broadcast(tracer, call.inputs, result.dim())
         if [len(rows) for rows in axes] != list(result.shape):
-            # All inputs have one position where the result has several: it was resized in place.
+            # The result was resized in place.
             axes = [
                 rows if len(rows) == size else tracer.atoms.fresh(size)
                 for rows, size in zip(axes, result.shape, strict=True)
@@ -58,7 +58,7 @@ def pointwise(tracer: Tracer, call: Call) -> None:
 @rule("log_sigmoid_forward", "_prelu_kernel")
 @rule("clamp_min", "clamp_min_", keeps_ids=True)
 def activation(tracer: Tracer, call: Call) -> None:
-    """What bends: the axis in front of it is one of a feed-forward network."""
+    """Nonlinear functions: the axis they act on is one of a feed-forward network."""
     pointwise(tracer, call)
     if isinstance(call.out, Tensor) and call.out.dim():
         tracer.note("activation", tracer.label(call.out)[-1])
@@ -66,7 +66,7 @@ def activation(tracer: Tracer, call: Call) -> None:
 
 @rule("eq", "eq_")
 def equal(tracer: Tracer, call: Call, self: Tensor, other: object) -> None:
-    """Token ids compared with all ids there are make one-hot rows."""
+    """Token ids compared with all ids give one-hot rows."""
     pointwise(tracer, call)
     if self in tracer.vocabulary and isinstance(other, Tensor):
         tracer.one_hot[call.out] = True
@@ -76,7 +76,7 @@ def equal(tracer: Tracer, call: Call, self: Tensor, other: object) -> None:
 
 @rule("glu")
 def glu(tracer: Tracer, call: Call, self: Tensor, dim: int) -> None:
-    """First half times the sigmoid of the second: both halves shrink together."""
+    """First half times sigmoid of the second: both halves shrink together."""
     axes = tracer.label(self)
     half = call.out.shape[dim]
     axes[dim] = tracer.unify(axes[dim][:half], axes[dim][half:])
@@ -87,7 +87,7 @@ def glu(tracer: Tracer, call: Call, self: Tensor, dim: int) -> None:
 @rule("zeros", "ones", "full", "empty", "scalar_tensor", "empty_strided")
 @rule("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", domain="tied")
 def uniform(tracer: Tracer, call: Call) -> None:
-    """``zeros`` and the like hold one value everywhere: their axes adapt to what they meet."""
+    """``zeros`` and the like: one value everywhere, so their axes adapt to what they meet."""
     require_sight(tracer, "created")
     axes = [tracer.atoms.fresh(size) for size in call.out.shape]
     tracer.set_label(call.out, axes)
@@ -111,7 +111,7 @@ def counting(tracer: Tracer, call: Call) -> None:
 
 @rule("eye")
 def identity(tracer: Tracer, call: Call) -> None:
-    """``eye`` stays one when the same rows and columns go."""
+    """A square ``eye`` stays one when the same rows and columns go."""
     if call.out.shape[0] != call.out.shape[1]:
         counting(tracer, call)
         return

@@ -1,7 +1,4 @@
-"""Sums, norms and softmax: an axis is summed over or normalised along.
-
-Beside each rule stands how the masked twin computes the same on the positions that stay.
-"""
+"""Sums, norms and softmax, and how the masked twin computes them on the positions that stay."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ def _places(dim: Dims, dims: int) -> list[int]:
 def _over_living(
     alive: Alive, run: Run, self: Tensor, dim: Dims = None
 ) -> tuple[Any, Tensor | None]:
-    """Return what a reduction gives over living positions, and these, where some are removed."""
+    """Return a reduction over the living positions, and these (None if all live)."""
     source, last = self, None
     for place in _places(dim, self.dim()):
         living = alive(self, place)
@@ -69,13 +66,13 @@ def reduce(tracer: Tracer, call: Call, self: Tensor, dim: Dims = None) -> None:
 
 
 def _stay_weights(tracer: Tracer, self: Tensor, results: Sequence[Tensor]) -> None:
-    """Let what is made of a weight's rows be a weight, of which no one number is to be made."""
+    """Mark what is reduced from a weight as a weight; remember the weight's axes."""
     for result in results if tracer.is_weight(self) else ():
         tracer.weights[result] = (*tracer.weights[self], *tracer.label(self))
 
 
 def _extreme_living(alive: Alive, run: Run, self: Tensor, dim: Dims = None) -> Any:
-    """Reduce over the living positions; positions that it gives are those of the whole axis."""
+    """Reduce over the living positions; returned positions count along the whole axis."""
     out, living = _over_living(alive, run, self, dim)
     if living is None or isinstance(out, Tensor):
         return out
@@ -90,7 +87,7 @@ def _place_living(alive: Alive, run: Run, self: Tensor, dim: Dims = None) -> Any
 @rule("max", "min", alive=_extreme_living)
 @rule("argmax", "argmin", alive=_place_living)
 def extreme(tracer: Tracer, call: Call, self: Tensor, dim: Dims = None) -> None:
-    """The result holds values, or their positions, or both."""
+    """The results are values, positions, or both."""
     reduce(tracer, call, self, dim)
     if self.dim() and (call.name.startswith("arg") or len(call.results) > 1):
         tracer.domains[call.results[-1]] = tracer.label(self)[_places(dim, self.dim())[0]]
@@ -116,7 +113,7 @@ def along(tracer: Tracer, call: Call, self: Tensor, dim: int) -> None:
 
 @rule("cumsum", "cumprod", "cummax", "logcumsumexp")
 def running(tracer: Tracer, call: Call, self: Tensor, dim: int) -> None:
-    """Running sums depend on all before; counts of choices are zero where something is deleted."""
+    """A running sum depends on all before it; but counts of removed positions are zero."""
     axes = tracer.label(self)
     counted = self in tracer.counts and call.name == "cumsum"
     if not counted:
@@ -209,13 +206,13 @@ def sort(tracer: Tracer, call: Call, self: Tensor, dim: int) -> None:
 
 
 def _by_value(tracer: Tracer, call: Call, self: Tensor, dim: int) -> Any:
-    """Label what is chosen along an axis by value, and its positions; return that axis."""
+    """Label the values chosen along an axis, and their positions; return that axis."""
     axes = tracer.label(self)
     source = axes[dim]
     tracer.require_whole(source)
     for result in call.results:
         axes[dim] = tracer.frozen_rows(result.shape[dim], f"chosen by {call.name}")
         tracer.set_label(result, axes)
-    # The first result holds values, the second their positions; argsort gives positions alone.
+    # The last result holds positions.
     tracer.domains[call.results[-1]] = source
     return source
