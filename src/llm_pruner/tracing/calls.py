@@ -144,15 +144,12 @@ class Layers:
             return "its own", self._returned[value][1]  # keys and values of the call before
         if value not in self._digests:
             with torch._C.DisableTorchFunction(), _disable_current_modes():
-                made_up = self._tracer.is_made_up(value)
-                self._digests[value] = self._named(value) if made_up else _digest(value)
+                if not self._tracer.is_made_up(value):
+                    self._digests[value] = _digest(value)
+                else:  # equal for this weight only: its name, or a number for a view of one
+                    self._views += 1
+                    self._digests[value] = self._tracer.names.get(value) or ("view", self._views)
         return self._digests[value]
-
-    def _named(self, weight: torch.Tensor) -> Any:
-        """Return a value that is equal for this weight only: its name, or a number for a view."""
-        name = self._tracer.names.get(weight)
-        self._views += name is None
-        return ("view", self._views) if name is None else name
 
     def by_place(self) -> dict[str, str]:
         """Return the module lists whose layers get different inputs -> which input and where."""
@@ -255,9 +252,14 @@ class Siblings:
         That line calls experts. A single sibling is no evidence: others may get other inputs, as
         cross-attention does.
         """
+
+        def shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
+            with torch._C.DisableTorchFunction():  # not a comparison of the model's code
+                return [(name, parameter.shape) for name, parameter in module.named_parameters()]
+
         by_line: dict[str, nn.Module] = {}
         for other in called:
-            if _alike(child, other):
+            if type(child) is type(other) and shapes(child) == shapes(other):
                 first = by_line.setdefault(self._where[other], other)
                 if first is not other:
                     return first
@@ -272,11 +274,3 @@ class Siblings:
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def _alike(left: nn.Module, right: nn.Module) -> bool:
-    def shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
-        return [(name, parameter.shape) for name, parameter in module.named_parameters()]
-
-    with torch._C.DisableTorchFunction():  # not a comparison of the model's code
-        return type(left) is type(right) and shapes(left) == shapes(right)

@@ -67,7 +67,11 @@ def ghosts_of(model: nn.Module, *, weights: bool = False) -> Iterator[None]:
             if (replace(vars(module), _zeros) or has_buffers) and initialise is not None:
                 _initialise_(module, initialise)
         for module in model.modules():
-            replace(module._parameters, _ghost_parameter, weights)
+            replace(
+                module._parameters,
+                lambda one: nn.Parameter(_ghost(one.shape, one.dtype), False),
+                weights,
+            )
         yield
 
 
@@ -86,10 +90,6 @@ def _zeros(tensor: torch.Tensor) -> torch.Tensor:
 
 def _ghost(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     return torch.ones((), dtype=dtype, device="cpu").expand(shape)
-
-
-def _ghost_parameter(tensor: torch.Tensor) -> torch.Tensor:
-    return nn.Parameter(_ghost(tensor.shape, tensor.dtype), requires_grad=False)
 
 
 class GhostRunner:

@@ -1,7 +1,7 @@
-"""What a removal does to the sizes that a model's code reads.
+"""The sizes that a model's code reads, after a removal.
 
-``SizeSystem`` holds the equations of a trace in resolved form: it solves for the module attributes
-after a removal, and states which groups must shrink together so that a solution exists.
+``SizeSystem`` solves the equations of a trace for the module attributes after a removal, and tells
+which groups must shrink together for a solution to exist.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from llm_pruner.types import IntArray, Removal
 
 Deleted = npt.NDArray[np.bool_]
 Form = dict[Any, Fraction]
-"""What a size loses for each unit lost of a group, by its number, and for each that an attribute
-loses, by its expression."""
+"""The loss of a size as a sum: number of a group, or an attribute -> factor of its loss."""
 
 
 class SizeSystem:
@@ -40,7 +39,7 @@ class SizeSystem:
                 trace.atoms.find(r.inner)[:, 0],
             )
             for r in trace.ragged
-            # Where the copies are one with their axis, its own atoms say what goes.
+            # Copies that are tied to their axis follow its own atoms.
             if trace.atoms.resolve(r.inner).size
             and (trace.atoms.find(r.pairs) != trace.atoms.find(r.inner)[:, 0]).any()
         ]
@@ -51,7 +50,7 @@ class SizeSystem:
         for equation in trace.equations:
             seen.setdefault((equation.expr, self._axis(equation.rows)), equation.where)
         self.equations = [(expr, axis, where) for (expr, axis), where in seen.items()]
-        # Comparisons that the code makes are numbered behind the equations.
+        # Comparisons are numbered after the equations.
         self.checks = list(dict(trace.checks).items())
         self._leaves = [
             set(leaves(expr)) for expr in (*(e for e, _, _ in self.equations), *dict(self.checks))
@@ -66,7 +65,6 @@ class SizeSystem:
         self._lengths_of_axis: dict[int, list[int]] = defaultdict(list)
         for number, axis in enumerate(self._lengths):
             self._lengths_of_axis[axis].append(number)
-        # Atom -> axes and atom -> expanded axes, sorted by atom to look them up without a loop.
         self._axes_of_atom = _Lookup(self._rows)
         self._ragged_of_atom = _Lookup([pairs for _, pairs, _ in self._ragged])
 
@@ -99,8 +97,8 @@ class SizeSystem:
     def attributes(self, deleted: Deleted, touched: set[int]) -> dict[Attribute, int]:
         """Return the attributes that change, with their new values.
 
-        ``deleted`` is by atom; ``touched`` numbers the equations and comparisons that are to hold.
-        Raises InfeasibleError if the model's code cannot express the sizes that are left.
+        ``deleted`` is by atom; ``touched`` numbers the equations and comparisons to satisfy.
+        InfeasibleError: the model's code cannot express the sizes that are left.
         """
         deleted = self.with_replicas(deleted)
         left = {}
@@ -135,7 +133,7 @@ class SizeSystem:
         return found
 
     def reading_only(self, stands: Callable[[str], bool]) -> set[int]:
-        """Return the equations and comparisons that read attributes of modules that stand."""
+        """Return the equations and comparisons that only read attributes of modules that stay."""
         return {
             number
             for number, read in enumerate(self._leaves)
@@ -143,7 +141,7 @@ class SizeSystem:
         }
 
     def equations_of(self, atoms: IntArray) -> set[int]:
-        """Return the equations that a deletion of these atoms, and what it implies, can touch."""
+        """Return the equations that the deletion of these atoms can touch."""
         expanded = self._ragged_of_atom(atoms)
         if expanded:
             atoms = np.concatenate([atoms, *(self._ragged[number][2] for number in expanded)])
@@ -158,10 +156,10 @@ class SizeSystem:
     # -------------------------------------------------------------- companions
 
     def constraints(self, group_of: IntArray, group_sizes: Sequence[int]) -> list[tuple[Form, str]]:
-        """Return linear equations between the groups' removed counts: sum of form = 0.
+        """Return linear equations between the numbers of units that groups lose: sum of form = 0.
 
         ``group_of``: group number of every atom, -1 for none; ``group_sizes`` in units. Products of
-        axes give none: they follow from their factors and are checked when a removal is made.
+        axes give none: they follow from their factors.
         """
         forms = self._forms(group_of, group_sizes)
         by_attribute: dict[Expr, list[tuple[Form, str]]] = defaultdict(list)
@@ -180,7 +178,6 @@ class SizeSystem:
             elif form and not attributes:
                 result.append((form, f"{describe(expr)} in {where}"))
         for uses in by_attribute.values():
-            # An axis that does shrink is the better one to compare the others with.
             reference = uses[0][0]
             for form, where in uses[1:]:
                 difference = _subtract(form, reference)
@@ -270,16 +267,14 @@ def _subtract(left: Form, right: Form, factor: Fraction = Fraction(1)) -> Form:
 
 @dataclass(frozen=True)
 class Graph:
-    """A settled trace.
+    """A settled trace, and the units that groups have in it.
 
     Attributes:
-        trace: atoms and the axes of every tensor.
-        system: solves for attributes.
         unit_atoms: group name -> representative atom of each unit.
         scenes: the ways in which the model was run.
         left_out: names of those that it could not be run in.
-        own_numbers: (module list, module inside a layer, attribute) of numbers of layers that are
-            calculated with, so that a layer keeps its own.
+        own_numbers: (module list, module inside a layer, attribute) of layer numbers that code
+            calculates with, so a layer keeps its own.
     """
 
     trace: Trace
@@ -304,8 +299,8 @@ def reduce_constraints(
     """Solve the constraints for ratios between pairs of groups.
 
     Returns (follower -> (leader, units the follower loses per unit of the leader), group -> reason
-    it cannot lose any unit). Where three or more groups are in one relation (rotated, unrotated and
-    value channels of a head), the one that occurs in most relations is fixed until pairs are left.
+    it cannot lose any unit). In a relation of three or more groups (rotated, unrotated and value
+    channels of a head), groups that occur in most relations are fixed until pairs are left.
     """
     why: dict[int, str] = {}
     for form, where in constraints:
@@ -330,7 +325,7 @@ def reduce_constraints(
             stuck.setdefault(
                 group, f"its size is bound to others that cannot follow ({why[group]})"
             )
-    for _ in range(2):  # a leader follows no one: from a follower to it, and from it to the others
+    for _ in range(2):  # from a follower to its leader, and from it to the others
         for follower, (leader, _) in follows.items():
             for one, other in ((follower, leader), (leader, follower)):
                 if one in stuck:

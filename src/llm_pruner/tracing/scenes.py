@@ -1,9 +1,8 @@
-"""The ways in which a model is used: what it is traced on, and compared with its twin on.
+"""Scenes: the ways in which a model is run to trace it and to compare it with its twin.
 
-What a model's code does on eight tokens is not all that it does. A window begins to matter behind
-its length, a table is made anew when it is too short, a cache is sized by the config, a branch is
-taken in training only. So the model is run on short and on long input, with its own cache, with
-padding, and in training mode with dropout off.
+Eight tokens do not reach all of a model's code: a window matters beyond its length, a table grows
+with the input, the config sizes a cache, training takes other branches. So a model runs on short
+and long input, with its cache, with padding, and in training mode without dropout.
 """
 
 from __future__ import annotations
@@ -44,30 +43,24 @@ OPERATIONS = 1.2e12
 """Floating-point operations of one run on long input, which bound it in large models."""
 
 _NEW_TOKENS = 2
-_LONG = 40
-"""Tokens of an input that is longer than the short ones, at least."""
-
-_POSITIONS = 128
-"""Positions of a long input whose logits are compared."""
-
-_GENERATES = " and generate"
-"""How the name ends of a scene that goes through ``generate``."""
-
+_LONG = 40  # tokens of the shortest long input
+_POSITIONS = 128  # of a long input whose logits are compared
+_GENERATES = " and generate"  # the name of a scene through ``generate`` ends so
 _RANDOM = re.compile("drop|jitter|noise", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One way in which a model is used.
+    """One way in which a model is run.
 
     Attributes:
-        name: as users read it.
+        name: shown to users.
         shape: batch and sequence of the token ids.
         run: runs the model on such token ids.
         training: whether in training mode.
-        needed: whether a model that cannot be run so cannot be traced.
-        vocabulary: how many token ids the model takes.
-        tokens: the token ids, where it is not run on random ones.
+        needed: whether a model that cannot run so is refused.
+        vocabulary: number of token ids.
+        tokens: token ids instead of random ones.
     """
 
     name: str
@@ -82,9 +75,10 @@ class Scene:
 def scenes_of(
     model: nn.Module, forward: Forward, vocabulary: int, tokens: torch.Tensor | None = None
 ) -> tuple[Scene, ...]:
-    """Return the scenes of a model; ``forward`` runs it on a few tokens, or on those given.
+    """Return the scenes of a model.
 
-    And in all other scenes, where the model is none of transformers, which are run as they are.
+    ``forward`` runs the first scene, on ``tokens`` or random ones; also the others if the model is
+    not of ``transformers``.
     """
     length, beyond = long_length(model, vocabulary)
     said = f"{length:,} tokens" + (f" (not {beyond:,})" if beyond else "")
@@ -109,7 +103,7 @@ def scenes_of(
 
 
 def instead(scene: Scene) -> Iterator[Scene]:
-    """Yield shorter tokens for models that cannot run long ones; tokens that were given stay."""
+    """Yield scenes with fewer tokens, then without ``generate``, to try if a long scene fails."""
     length = scene.shape[1]
     if length < _LONG or scene.tokens is not None:
         return
@@ -123,7 +117,7 @@ def instead(scene: Scene) -> Iterator[Scene]:
 
 
 def is_of_transformers(model: nn.Module) -> bool:
-    """Whether a model is run as those of ``transformers`` are: by keywords, with a cache."""
+    """Whether a model is run like those of ``transformers``: by keywords, with a cache."""
     library = sys.modules.get("transformers.modeling_utils")
     if library is not None and isinstance(base_model(model), library.PreTrainedModel):
         return True
@@ -131,10 +125,10 @@ def is_of_transformers(model: nn.Module) -> bool:
 
 
 def long_length(model: nn.Module, vocabulary: int) -> tuple[int, int | None]:
-    """Return a number of tokens, and what it should be to be longer than all that may matter.
+    """Return the length of the long input, and the length that a larger window needs (or None).
 
-    Longer than every window, table and number that the model holds, as far as ``LONGEST`` and
-    ``OPERATIONS`` and the positions that the model knows allow.
+    It exceeds every window, table and number in the model, within the limits ``LONGEST``,
+    ``OPERATIONS`` and the model's own positions.
     """
     held = {size for size in _numbers(model) if 8 < size != vocabulary}
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -145,7 +139,7 @@ def long_length(model: nn.Module, vocabulary: int) -> tuple[int, int | None]:
     wanted = max((size + 1 for size in held), default=0)
     length = max((size + 1 for size in held if size < bound), default=0)
     length = min(bound, max(length, 128))
-    # Odd, so that it is no multiple of what code computes by pieces.
+    # Odd, so that it is no multiple of a chunk size.
     length += (1 if length < bound else -1) * (length % 2 == 0)
     windows = [
         size
@@ -156,7 +150,7 @@ def long_length(model: nn.Module, vocabulary: int) -> tuple[int, int | None]:
 
 
 def _held(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
-    """Yield (module or settings, name, value) of all that modules and their settings hold."""
+    """Yield (owner, name, value) of all attributes of modules and their configs."""
     for module in model.modules():
         for key, value in [*vars(module).items()]:
             yield module, key, value
@@ -165,10 +159,7 @@ def _held(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
 
 
 def _numbers(model: nn.Module) -> Iterator[int]:
-    """Yield the integers that modules and their settings hold, and the sizes of their tables.
-
-    Of code that is not of a library, those that it is written with as well.
-    """
+    """Yield the integers in modules, configs and code outside of libraries, and sizes of tables."""
     for owner, _, value in _held(model):
         if type(value) is int:
             yield value
@@ -185,7 +176,7 @@ def _numbers(model: nn.Module) -> Iterator[int]:
 
 
 def _in_code(kind: type) -> Iterator[int]:
-    """Yield the integers in the code of a class, and in what it reads of its file by name."""
+    """Yield the integers in the code of a class, and in the names of its file that it uses."""
     space = getattr(sys.modules.get(kind.__module__), "__dict__", {})
     pending: list[Any] = [one for key, one in vars(kind).items() if not key.startswith("__")]
     seen: set[int] = set()
@@ -203,7 +194,7 @@ def _in_code(kind: type) -> Iterator[int]:
 
 
 def few(logits: torch.Tensor) -> torch.Tensor:
-    """Return the logits at evenly spaced positions, the last among them; (batch, few, ...)."""
+    """Return the logits at some evenly spaced positions and the last; (batch, few, ...)."""
     count = logits.shape[1]
     if logits.dim() < 3 or count <= _POSITIONS:
         return logits
@@ -226,7 +217,7 @@ def _padded(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
 
 
 class _Forced(LogitsProcessor):
-    """Lets every continuation be the same, so that two models are asked the same."""
+    """Forces the same continuation on every model."""
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = list(tokens)
@@ -238,13 +229,9 @@ class _Forced(LogitsProcessor):
 
 
 def generated(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """Run ``generate`` with the model's own cache; the logits of each new token.
-
-    The new tokens are the last of ``tokens``, whatever the model would choose. Returns tensors of
-    shape (batch, vocabulary).
-    """
+    """Run ``generate``, forced to continue as ``tokens``; (batch, vocabulary) per new token."""
     prompt, new = tokens[:, :-_NEW_TOKENS], tokens[0, -_NEW_TOKENS:]
-    with redirect_stdout(StringIO()):  # some models print what they think of the arguments
+    with redirect_stdout(StringIO()):  # some models print
         found = model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
@@ -261,10 +248,9 @@ def generated(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
 
 @contextmanager
 def staged(model: nn.Module, *, training: bool = False) -> Iterator[None]:
-    """Switch to evaluation or to training without dropout, and back, without gradients or kernels.
+    """Switch to evaluation, or to training without dropout, without gradients or hub kernels.
 
-    What modules hold is put back: states that they keep, tables that they made anew, and what the
-    code has written into buffers.
+    Restores what modules hold afterwards: states, tables, and the values of buffers.
     """
     modes = [(module, module.training) for module in model.modules()]
     random = list(_random_parts(model)) if training else []
@@ -292,7 +278,7 @@ def staged(model: nn.Module, *, training: bool = False) -> Iterator[None]:
 
 
 class Unwritten(TorchDispatchMode):
-    """Gives parameters back what they held before code wrote into them, by ``.data`` as well."""
+    """Restores parameters that the model's code writes into, also by ``.data``."""
 
     supports_higher_order_operators = True
 
@@ -329,15 +315,14 @@ class Unwritten(TorchDispatchMode):
 
 
 _written: set[str] = set()
-"""Names within their modules of the parameters that code has written into."""
+"""Names within their modules of parameters that code has written into."""
 
 
 @contextmanager
 def unwritten(model: nn.Module) -> Iterator[None]:
-    """Do as `Unwritten` where no mode may be around a model: compiled code runs under none.
+    """Do as `Unwritten` without a mode, under which compiled code would not run.
 
-    Copied are the parameters whose names code was seen to write to under `Unwritten`, in this
-    process: run the dense model first.
+    Copies the parameters whose names were written to under `Unwritten` before in this process.
     """
     kept = [
         (one, one.detach().clone())
@@ -357,7 +342,7 @@ def _key(name: str) -> str:
 
 
 def _has_values(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has memory for all its values; a stand-in has one value for all."""
+    """Whether a tensor has memory for all its values, unlike a ghost."""
     return not tensor.is_meta and tensor.untyped_storage().nbytes() >= tensor.nbytes
 
 
@@ -367,7 +352,7 @@ def storage_of(tensor: torch.Tensor) -> int:
 
 
 def _random_parts(model: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield where modules and their settings hold how much is dropped or how strong noise is."""
+    """Yield (attributes, name) of the dropout rates and noise strengths of a model."""
     for owner, key, value in _held(model):
         # The rate of a dropout module is its ``p``.
         name = type(owner).__name__ if key == "p" and isinstance(owner, nn.Module) else key

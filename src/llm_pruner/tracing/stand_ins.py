@@ -45,7 +45,12 @@ def in_sight(model: nn.Module) -> Iterator[None]:
         attention: Any = sys.modules.get("transformers.integrations.sdpa_attention")
         choose = getattr(attention, "use_gqa_in_sdpa", None)
         if choose is not None:
-            _replace(stack, attention, "use_gqa_in_sdpa", _untraced(choose))
+
+            def untraced(*args: Any, **kwargs: Any) -> Any:
+                with torch._C.DisableTorchFunction():  # its sizes only choose a kernel
+                    return choose(*args, **kwargs)
+
+            _replace(stack, attention, "use_gqa_in_sdpa", untraced)
         stack.enter_context(torch_functions())
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -65,16 +70,6 @@ def in_sight(model: nn.Module) -> Iterator[None]:
 def _replace(stack: ExitStack, owner: Any, name: str, value: object) -> None:
     stack.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, value)
-
-
-def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function whose use of sizes is not recorded: it only chooses a faster kernel."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with torch._C.DisableTorchFunction():
-            return function(*args, **kwargs)
-
-    return call
 
 
 def _broadcast_shapes(*shapes: Any) -> Any:
@@ -107,18 +102,13 @@ def _script_method(method: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _unseen(call: Callable[..., Any], code: Any, args: Any, kwargs: Any) -> Any:
-    if _get_current_function_mode() is None:
+    def run(*args: Any, **kwargs: Any) -> Any:
         return call(code, *args, **kwargs)
-    return handle_torch_function(
-        _compiled_code, (), call, code, args, tuple(kwargs), tuple(kwargs.values())
-    )
 
-
-def _compiled_code(call: Any, code: Any, args: Any, keys: Any, values: Any) -> Any:
-    return call(code, *args, **dict(zip(keys, values, strict=True)))
-
-
-_compiled_code.__name__ = COMPILED_CODE
+    run.__name__ = COMPILED_CODE
+    if _get_current_function_mode() is None:
+        return run(*args, **kwargs)
+    return handle_torch_function(run, (), *args, **kwargs)
 
 
 def _load_balancing_loss(gate_logits: Any, num_experts: Any = None, *_: Any, **__: Any) -> Any:

@@ -107,7 +107,13 @@ class Trace:
 def settle(trace: Trace, model: nn.Module, aliases: Mapping[str, str]) -> None:
     """Draw the conclusions that need the whole trace; ``aliases``: other name -> first name."""
     _follow_read(trace, model)
-    _forget_unread(trace)
+    # New tensors that nothing reads follow the lengths of other axes that size them.
+    trace.equations = [
+        one
+        for one in trace.equations
+        if not trace.unread.intersection(one.rows[:1].ravel().tolist())
+        or any(leaf[0] != "len" for leaf in leaves(one.expr))
+    ]
     _freeze_unreached(trace, aliases)
     described, multiples = _described(trace, model, aliases)
     _pin_sizes(trace, described, multiples, _used_as_numbers(trace))
@@ -176,16 +182,6 @@ def _stands_for(read: torch.Tensor, other: torch.Tensor) -> bool:
     if isinstance(read, nn.Parameter):
         return read.dim() > 1 and other.shape[-read.dim() :] == read.shape
     return read.shape == other.shape and torch.equal(read, other)
-
-
-def _forget_unread(trace: Trace) -> None:
-    """Drop the equations of new tensors that nothing reads, if lengths of other axes size them."""
-    trace.equations = [
-        one
-        for one in trace.equations
-        if not trace.unread.intersection(one.rows[:1].ravel().tolist())
-        or any(leaf[0] != "len" for leaf in leaves(one.expr))
-    ]
 
 
 def _freeze_unreached(trace: Trace, aliases: Mapping[str, str]) -> None:
