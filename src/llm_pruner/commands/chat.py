@@ -144,7 +144,6 @@ class _Reader(Decoder):
 
 def begun(settings: ChatSettings) -> list[Conversation]:
     """Load the models and return a conversation with each; UserError, early, if one cannot be."""
-    settings.check()
     models = [settings.loading()]
     if settings.against is not None:
         models.append(settings.loading(settings.against))

@@ -10,11 +10,11 @@ Gemma 4, whose later blocks read the keys and values of earlier ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -259,33 +259,8 @@ def _form_of(output: Any) -> Any:
     return type(output)(None if isinstance(item, torch.Tensor) else item for item in output)
 
 
-class _Proof:
-    """What was seen of a model whose blocks are a chain; good for as long as it is as it was."""
-
-    def __init__(self, chain: Chain) -> None:
-        modules = [*chain.model.modules()]
-        places = {id(module): at for at, module in enumerate(modules)}
-        self.blocks = [places[id(block)] for block in chain.blocks]
-        self.modules = [ref(module) for module in modules]  # no model is held for its proof
-        self.shapes = [parameter.shape for parameter in chain.model.parameters()]
-        self.scored = frozenset(chain.outside).union(*chain.owned)
-        self.below, self.vocabulary, self.forms = chain.below, chain.vocabulary, chain.forms
-
-    def chain(self, model: nn.Module, scored: Mapping[str, nn.Parameter]) -> Chain | None:
-        """Return the chain with other scored parameters, or None if it has to be proven anew."""
-        modules = [*model.modules()]
-        if (
-            not self.scored.issuperset(scored)
-            or [one() for one in self.modules] != modules
-            or self.shapes != [parameter.shape for parameter in model.parameters()]
-        ):
-            return None
-        chain = _with_scored(model, tuple(modules[at] for at in self.blocks), scored)
-        return replace(chain, below=self.below, vocabulary=self.vocabulary, forms=self.forms)
-
-
-_PROOFS: WeakKeyDictionary[nn.Module, dict[bool, _Proof]] = WeakKeyDictionary()
-"""Model -> whether its blocks were seen to carry -> what was seen last."""
+_PROVEN: WeakKeyDictionary[nn.Module, dict[bool, tuple[Any, ...]]] = WeakKeyDictionary()
+"""Model -> whether blocks may carry -> what was seen of it; a proof reads all weights twice."""
 
 
 def find_chain(
@@ -304,21 +279,12 @@ def find_chain(
         carries: whether blocks may leave more than a hidden state for later ones, without its
             gradient; then ``run_block`` needs ``carried``.
     """
-    for seen, proof in sorted(_PROOFS.get(model, {}).items()):
-        if seen <= carries and (known := proof.chain(model, scored)) is not None:
-            return known
     ids = input_ids[:1, :_PROBE_TOKENS]
-    if carries:  # most models do not, and then the proof is good for both
-        with suppress(NotBlockwise):
-            return _proven(model, ids, scored, False)
-    return _proven(model, ids, scored, carries)
-
-
-def _proven(
-    model: nn.Module, ids: torch.Tensor, scored: Mapping[str, nn.Parameter], carries: bool
-) -> Chain:
-    """Return the chain of the model's layers, or raise NotBlockwise."""
     chain = _with_scored(model, tuple(heaviest_list(model) or ()), scored)
+    state = [[*map(id, model.modules())], [one.shape for one in model.parameters()]]
+    for carried, (seen, names, below, vocabulary, forms) in _PROVEN.get(model, {}).items():
+        if carried <= carries and seen == state and names.issuperset(scored):
+            return replace(chain, below=below, vocabulary=vocabulary, forms=forms)
     try:
         with requiring_gradients(scored), chain.opened():
             _probe(chain, ids, carries)
@@ -326,7 +292,8 @@ def _proven(
         raise
     except RuntimeError as error:  # autograd's: a block writes into its input, for instance
         raise NotBlockwise(f"a block does not run on its own: {error}") from error
-    _PROOFS.setdefault(chain.model, {})[carries] = _Proof(chain)
+    found = (state, frozenset(scored), chain.below, chain.vocabulary, chain.forms)
+    _PROVEN.setdefault(model, {})[carries] = found
     return chain
 
 
