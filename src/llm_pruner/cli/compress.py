@@ -73,10 +73,13 @@ def run(
     hand_over(done, json, show, partial(upload, settings))
 
 
+_DEMO, _DEMO_PRESET = Path("demo-out"), "balanced"
+
+
 def demo(
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.")
-    ] = Path("demo-out"),
+    ] = _DEMO,
     json: Json = None,
 ) -> None:
     """Compress the embedded model by 20%: prune, recover, compare.
@@ -88,9 +91,9 @@ def demo(
         model="default",
         out=out,
         # Its own folder it may replace, but nothing else that a user gave this name.
-        overwrite=out == Path("demo-out") and (out / "plan.json").is_file(),
+        overwrite=out == _DEMO and (out / "plan.json").is_file(),
         ratio=0.2,
-        preset="balanced",
+        preset=_DEMO_PRESET,
         samples=160,  # a fixed amount of text, so that a demo can be repeated
     )
     if json == "-":

@@ -83,6 +83,8 @@ def show(done: Pruned) -> None:
         each = ", ".join(f"{multiple} {100 * of:.0f}%" for multiple, of in speeds.items())
         why = f" (speed of each here: {each})" if each else ""
         out.print(f"channels kept in multiples of {done.round_to}{why}")
+    elif done.rounding is not None:
+        out.print("channels are not rounded: no multiple is fine enough for this model")
     if done.trials:
         taken = next((trial.split for trial in done.trials if trial.taken), {})
         split = ", ".join(f"{name} {100 * share:g}%" for name, share in sorted(taken.items()))
