@@ -74,6 +74,8 @@ def run(
 
 
 _DEMO, _DEMO_PRESET = Path("demo-out"), "balanced"
+_DEMO_SAMPLES = 160
+"""A fixed number of texts, so that a demo can be repeated."""
 
 
 def demo(
@@ -94,7 +96,7 @@ def demo(
         overwrite=out == _DEMO and (out / "plan.json").is_file(),
         ratio=0.2,
         preset=_DEMO_PRESET,
-        samples=160,  # a fixed amount of text, so that a demo can be repeated
+        samples=_DEMO_SAMPLES,
     )
     if json == "-":
         run(settings, json)
