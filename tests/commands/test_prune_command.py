@@ -479,7 +479,7 @@ def test_demo_replaces_its_own_folder_and_no_other(
     work: Path, tiny: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = PerplexityResult(2.0, 0.7, 9, "text", None, 3, 3, "standard", None)
-    speed = Speed(1.0, 1.0, 1.0, (1.0,), (1.0,), 1, 1, 1, 1)
+    speed = Speed(1.0, 1.0, (1.0,), (1.0,), 1, 1, 1, 1, "float32", "cpu", 1)
     figures = Measured("tiny", DENSE, None, None, [text], None, speed, {})
     monkeypatch.setattr(llm_pruner.commands.compress, "measure_apart", lambda *_, **__: figures)
     monkeypatch.setattr(llm_pruner.cli.compress, "_DEMO_SAMPLES", 24)

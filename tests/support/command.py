@@ -141,7 +141,7 @@ def measured_here() -> Iterator[None]:
 def figures(*_: object, **__: object) -> Measured:
     """Return what is said of a model that is not measured."""
     text = PerplexityResult(2.0, 0.7, 9, "text", None, 3, 3, "standard", None)
-    speed = Speed(1.0, 1.0, 1.0, (1.0,), (1.0,), 1, 1, 1, 1)
+    speed = Speed(1.0, 1.0, (1.0,), (1.0,), 1, 1, 1, 1, "float32", "cpu", 1)
     return Measured("dense", 100, None, None, [text], None, speed, {})
 
 
