@@ -6,8 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-dev
+DOCS := $(VENV)/.installed-docs
 
-.PHONY: help test test-fast demo lint format types contracts check clean
+.PHONY: help test test-fast demo docs lint format types contracts check clean
 
 help:
 	@echo "make demo       make the small default model 20% smaller, compare before and after"
@@ -15,6 +16,7 @@ help:
 	@echo "make test       run the tests; those of the report's look need Chromium"
 	@echo "make test-fast  run the tests without commands, processes, trainings, many models"
 	@echo "make check      lint, types and contracts, as CI does"
+	@echo "make docs       build the documentation in build/site"
 	@echo "make format     rewrite the sources in the project's format"
 
 # Neither the tests nor the demo download a model or a data set.
@@ -32,6 +34,11 @@ test-fast: $(DEV)
 
 demo: $(BASE)
 	$(OFFLINE) $(BIN)/llm-pruner demo
+
+# The pages of options and of the Python API are written from the code first.
+docs: $(DOCS)
+	$(BIN)/python tools/reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 check: lint types contracts
 
@@ -68,4 +75,8 @@ $(BASE): pyproject.toml | $(BIN)/python
 
 $(DEV): $(BASE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+$(DOCS): $(BASE)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	@touch $@

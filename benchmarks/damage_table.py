@@ -1,6 +1,6 @@
-"""The table of all criteria in docs/results.md, from what least_damage.py measured.
+"""The table of all criteria in docs/reference/results.md, from what least_damage.py measured.
 
-    python benchmarks/damage_table.py >> docs/results.md
+    python benchmarks/damage_table.py >> docs/reference/results.md
 
 A cell is perplexity as a multiple of the dense model's, on WikiText-2 / on held-out C4.
 """

@@ -45,11 +45,6 @@ def model(place: Path) -> lp.Model:
     return lp.load(place / "dense", device="cpu")
 
 
-def test_every_public_name_is_in_the_docs() -> None:
-    page = (Path(__file__).parents[1] / "docs/python.md").read_text(encoding="utf-8")
-    assert [name for name in lp.__all__ if f"`{name}`" not in page] == ["__version__"]
-
-
 def removal(model: lp.Model) -> dict[str, Any]:
     return {"layers.0.ffn": np.arange(4), "layers.1.ffn": np.arange(8)}
 

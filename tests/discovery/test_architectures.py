@@ -52,7 +52,7 @@ def test_every_registered_type_is_swept() -> None:
     assert set(TYPES) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     assert not set(NOT_DECODERS) & set(OVERRIDES)
     # Of newer types than transformers has here, the table was made with a release that has them.
-    table = json.loads((TOOLS.parent / "docs/architectures.json").read_text())
+    table = json.loads((TOOLS.parent / "docs/reference/architectures.json").read_text())
     assert set(NOT_DECODERS) | set(OVERRIDES) <= {row["type"] for row in table["rows"]}
 
 

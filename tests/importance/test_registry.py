@@ -52,13 +52,6 @@ def test_recover_tells_of_each_method_and_preset(name, recovering):
     assert name in recovering
 
 
-@pytest.mark.parametrize("name", CRITERIA)
-def test_the_docs_have_a_row_for_each_criterion(name):
-    rows = (ROOT / "docs/criteria.md").read_text(encoding="utf-8").splitlines()
-    cells = [row.split("|")[1] for row in rows if row.startswith("| `")]
-    assert any(f"`{name}`" in cell for cell in cells)
-
-
 def test_the_benchmark_offers_each_criterion_and_preset(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     least_damage = importlib.import_module("least_damage")

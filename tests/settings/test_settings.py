@@ -214,28 +214,6 @@ def test_the_steps_from_python(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
     )
 
 
-@pytest.mark.slow
-def test_the_python_of_the_readme(place: Path) -> None:
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    code = text.partition("```python\n")[2].partition("```")[0]
-    assert code.count("\n") == 12  # ten lines, the import and a blank one
-    here = {
-        '"HuggingFaceTB/SmolLM2-135M"': '"dense"',
-        '"c4"': '"text.txt"',
-        '"alpaca.jsonl", lp.Lora(': (
-            '"text.txt", lp.Lora(batch_size=2, seq_len=32, trainer={"max_steps": 1}, '
-        ),
-        '"wikitext2"': '"other.txt"',
-        "paper(": "paper(protect_first=1, ",
-        "ratio=0.2": "ratio=0.05",
-    }
-    for there, mine in here.items():
-        assert there in code
-        code = code.replace(there, mine)
-    exec(compile(code, "README.md", "exec"), {})
-    assert llm_pruner.load("small").network.num_parameters() < 99_024
-
-
 def test_presets() -> None:
     assert set(MethodSettings.presets) == {"paper", "fast", "balanced", "best"}
     assert set(TrainingSettings.presets) == {"paper", "quick"}

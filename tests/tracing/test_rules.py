@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import re
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -333,10 +332,10 @@ def _in_range(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_rule_is_one_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = Path(__file__).parents[2] / "docs" / "writing-a-rule.md"
-    blocks = re.findall(r"(?m)(?:^    .*\n|^\n)+", page.read_text())
+    page = Path(__file__).parents[2] / "docs/how-to/add-rule.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     (example,) = [block for block in blocks if "@rule" in block]
-    (tmp_path / "rule_of_a_user.py").write_text(textwrap.dedent(example))
+    (tmp_path / "rule_of_a_user.py").write_text(example)
     net = Net(Body(_in_range))
     stuck = {(axis.tensor, axis.dim): axis.reason for axis in discover(net).frozen}
     assert stuck["bodies.0.up.weight", 0] == "no rule for the operation aminmax"

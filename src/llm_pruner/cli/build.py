@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from textwrap import fill
 from typing import Annotated, Any, TypeVar
@@ -112,14 +112,18 @@ def _instead(kind: type[Settings], flag: str, value: str) -> str | None:
     return kind.renamed(name, value)
 
 
-def _list_settings(kind: type[Settings]) -> None:
-    """Print the fields that have no option of their own."""
+def setting_words(kind: type[Settings]) -> Iterator[tuple[str, str]]:
+    """Yield the name and help of each field that has no option of its own."""
     preset, shown = kind.of_preset(None), kind.shown()
-    print("Settings for --set KEY=VALUE and --config files:")
     for name, field in kind.model_fields.items():
         if name not in shown:
-            words = _words(name, field, option_of(field), preset)
-            print(fill(words, 80, initial_indent=f"  {name:<16}  ", subsequent_indent=" " * 20))
+            yield name, _words(name, field, option_of(field), preset)
+
+
+def _list_settings(kind: type[Settings]) -> None:
+    print("Settings for --set KEY=VALUE and --config files:")
+    for name, words in setting_words(kind):
+        print(fill(words, 80, initial_indent=f"  {name:<16}  ", subsequent_indent=" " * 20))
 
 
 def _options(kind: type[Settings]) -> dict[str, Option]:

@@ -3,7 +3,7 @@
 ``stream_`` puts one NaN in the shape of every weight inside the blocks, so that what is read at
 another time does not pass unnoticed. While a block runs, or ``turn`` holds it, its weights are
 there in the type of computation, cut as surgery said; afterwards their pages are given back. So are
-those of the embedding and the head. ``docs/how-it-works.md`` says more.
+those of the embedding and the head. ``docs/explanation/how-it-works.md`` says more.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 Scores say well which units of a layer matter least, and less well what it loses with many of them.
 So every group goes without a few shares of its units, alone and without a refit, and the divergence
 from the dense model on held-out text is measured; between these points the damage is taken to bend
-upwards, and a ranking over all layers removes where its slope is least. ``docs/how-it-works.md``
-says more ("Splitting it between layers").
+upwards, and a ranking over all layers removes where its slope is least.
 
 Units are taken away by zeros in what reads them, so all trials are runs of the dense model; read
 block by block, they go in step. That budgets are searched by the divergence of logits is from

@@ -1,6 +1,6 @@
 """The table of ATen operations: one row holds everything that is known about one.
 
-``rule`` adds a row. The rows are in ``rules``, by family; ``docs/writing-a-rule.md`` shows how to
+``rule`` adds a row. The rows are in ``rules``, by family; ``docs/how-to/add-rule.md`` shows how to
 write one. Argument names and defaults, whether an operation is a view, writes in place or works
 elementwise are read from PyTorch's schema and tags.
 """
