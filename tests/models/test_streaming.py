@@ -100,9 +100,7 @@ def test_a_streamed_model_gives_the_plan_and_the_weights_of_a_resident_one(
     [
         ({"preset": "paper"}, True),
         ({"preset": "balanced"}, True),
-        ({"preset": "balanced", "layer_trials": True}, False),
         ({"preset": "best"}, False),  # a repair
-        ({"preset": "balanced", "calibration": "self"}, False),  # a small model writes in float32
         ({"preset": "paper", "memory": 4000}, False),
     ],
 )
@@ -404,10 +402,9 @@ def mapped_bytes(file: Path) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="Linux tells what is mapped")
-@pytest.mark.parametrize("name", ["blobs/" + "0a" * 32, "store/files/md5/0a/" + "0a" * 15])
-def test_weights_that_are_links_are_known_to_lie_in_files(tmp_path: Path, name: str) -> None:
-    """In the cache of the hub, and in stores of versions, a file has a hash for a name."""
-    place, blob = save(tmp_path / "snapshot", "llama"), tmp_path / name
+def test_weights_that_are_links_are_known_to_lie_in_files(tmp_path: Path) -> None:
+    """In the cache of the hub, a file has a hash for a name."""
+    place, blob = save(tmp_path / "snapshot", "llama"), tmp_path / "blobs/0a0a0a"
     blob.parent.mkdir(parents=True)
     (place / "model.safetensors").rename(blob)
     (place / "model.safetensors").symlink_to(blob)

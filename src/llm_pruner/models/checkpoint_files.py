@@ -114,10 +114,8 @@ def stored_size(source: str, revision: str | None, dtype: str) -> tuple[int | No
     width = kind.itemsize if isinstance(kind, torch.dtype) else 2
     if path is not None and path.is_file():
         return None, path.stat().st_size // 4 * width
-    if path is None or not _has_weights(path):
+    if path is None or not _is_complete(path, path == local_path(source)):
         return None
-    if path != local_path(source) and _absent(path, weight_names(path)):
-        return None  # loading goes on with the download
     tensors = stored_tensors(path)
     parameters = sum(tensor.elements for tensor in tensors)
     as_stored = sum(tensor.bytes for tensor in tensors)
@@ -137,7 +135,7 @@ class Stored(NamedTuple):
 def stored_tensors(folder: Path) -> list[Stored]:
     """Return what a folder's weight files hold by their headers; UserError if one is damaged."""
     names = weight_names(folder)
-    if absent := _absent(folder, names):
+    if absent := [name for name in names if not (folder / name).is_file()]:
         raise UserError(
             f"{folder} lacks {len(absent)} of the {len(names)} weight files that {_INDEX} names, "
             f"{absent[0]} first; copy or download them"
@@ -154,8 +152,10 @@ def commonest_type(folder: Path) -> torch.dtype:
     return elements.most_common(1)[0][0] if elements else torch.float32
 
 
-def _has_weights(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (_WEIGHTS, _INDEX))
+def _is_complete(folder: Path, begun: bool = False) -> bool:
+    """Whether the weight files are there, or if ``begun`` some that say which there are."""
+    there = any((folder / name).is_file() for name in (_WEIGHTS, _INDEX))
+    return there and (begun or all((folder / name).is_file() for name in weight_names(folder)))
 
 
 def weight_names(folder: Path) -> list[str]:
@@ -182,14 +182,6 @@ def weight_names(folder: Path) -> list[str]:
             f"{index} is damaged ({in_short(error)}); restore it from the original checkpoint"
         ) from error
     return names
-
-
-def _is_complete(folder: Path) -> bool:
-    return _has_weights(folder) and not _absent(folder, weight_names(folder))
-
-
-def _absent(folder: Path, names: list[str]) -> list[str]:
-    return [name for name in names if not (folder / name).is_file()]
 
 
 def _tensors(file: Path) -> list[Stored]:

@@ -31,25 +31,11 @@ from transformers.utils.hub import cached_file
 
 from llm_pruner.errors import UserError
 from llm_pruner.models import checkpoint_files as on_disk
+from llm_pruner.models import gguf_file, model_source
 from llm_pruner.models.forward import embedding_rows, leave_weights_
-from llm_pruner.models.gguf_file import (
-    drop_tokens_beyond_,
-    require_all_read,
-    split_as_said_,
-    weights_in,
-)
 from llm_pruner.models.layers import has_recipe
 from llm_pruner.models.mapped_weights import element, join_late, mapped_files
-from llm_pruner.models.model_source import (
-    TOKENIZERS,
-    ModelSource,
-    download_missing,
-    find_device,
-    find_source,
-    in_one_line,
-    packing_of,
-    read_config,
-)
+from llm_pruner.models.model_source import ModelSource, in_one_line, packing_of
 from llm_pruner.models.streaming import stored, stream_
 from llm_pruner.models.tokenizer import read_tokenizer
 from llm_pruner.runtime.memory import free_bytes, keep_all_blocks
@@ -112,7 +98,7 @@ def load(
     if tokenizer is None:
         return loaded
     if on_disk.local_path(model.model).suffix == ".gguf":
-        drop_tokens_beyond_(tokenizer, embedding_rows(loaded.model))
+        gguf_file.drop_tokens_beyond_(tokenizer, embedding_rows(loaded.model))
     return replace(loaded, tokenizer=tokenizer)
 
 
@@ -152,12 +138,12 @@ def load_model(
         UserError: what was given cannot be loaded, in one line.
         NeedsMemory: the weights of such a model are not read block by block.
     """
-    kind, device = on_disk.dtype_named(dtype), find_device(device)
-    found = find_source(source, revision, trust_remote_code, weights)
+    kind, device = on_disk.dtype_named(dtype), model_source.find_device(device)
+    found = model_source.find_source(source, revision, trust_remote_code, weights)
     with quiet_bars("transformers"), in_one_line(source):
-        config = read_config(source, found, packed)
+        config = model_source.read_config(source, found, packed)
         if weights:
-            download_missing(source, found)
+            model_source.download_missing(source, found)
         reads = weights if reads_tokenizer is None else reads_tokenizer
         tokenizer = _load_tokenizer(source, found, tokenizer_required) if reads else None
     place = None
@@ -178,7 +164,7 @@ def load_model(
             *(source, f"{len(unread):,}", type(model).__name__, unread[0]),
         )
     if found.is_gguf and tokenizer is not None:
-        drop_tokens_beyond_(tokenizer, embedding_rows(model))
+        gguf_file.drop_tokens_beyond_(tokenizer, embedding_rows(model))
     if place is not None:
         keep_all_blocks()
         kinds = (kind, said, model.dtype)
@@ -226,19 +212,19 @@ def exceeds(model: ModelSettings, memory: int) -> bool:
 
 def _checked(model: ModelSettings, packed: bool = False) -> tuple[ModelSource, Any]:
     on_disk.dtype_named(model.dtype)
-    find_device(model.device)
-    found = find_source(model.model, model.revision, model.trust_remote_code)
+    model_source.find_device(model.device)
+    found = model_source.find_source(model.model, model.revision, model.trust_remote_code)
     _require_tokenizer_files(model.model, found)
     if found.is_gguf:
         return found, None
     with quiet_bars("transformers"), in_one_line(model.model):
-        return found, read_config(model.model, found, packed)
+        return found, model_source.read_config(model.model, found, packed)
 
 
 def _check_fits(source: str, kind: torch.dtype | str, device: str) -> None:
     """Raise UserError if a ``.gguf`` file, which is unpacked whole, needs more than is free."""
     width = kind.itemsize if isinstance(kind, torch.dtype) else 4
-    size, free = weights_in(on_disk.local_path(source)) * width, free_bytes(device)
+    size, free = gguf_file.weights_in(on_disk.local_path(source)) * width, free_bytes(device)
     if size > free:
         raise UserError(
             f"a .gguf is unpacked whole, and {source} takes {size / 1e9:.3g} GB where "
@@ -300,7 +286,7 @@ def _load_model(
             "first; name a complete checkpoint of a causal language model"
         )
     if found.is_gguf:
-        require_all_read(model, Path(found.shared["gguf_file"]))
+        gguf_file.require_all_read(model, Path(found.shared["gguf_file"]))
         _forget_gguf_(model)
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
     if compressor is not None:  # of compressed-tensors: several weights in one integer
@@ -352,7 +338,7 @@ def _forget_gguf_(model: PreTrainedModel) -> None:
 def _require_tokenizer_files(source: str, found: ModelSource) -> None:
     if not found.has_tokenizer:
         raise UserError(
-            f"{source} has no tokenizer (no {TOKENIZERS[0]} or the like), so no text can be read; "
+            f"{source} has no tokenizer (no tokenizer.json or the like), so no text can be read; "
             "copy the tokenizer files of the original model into it"
         )
 
@@ -367,7 +353,7 @@ def _load_tokenizer(
         if found.is_gguf:
             with TemporaryDirectory() as empty:  # what lies beside the file may be another's
                 tokenizer = AutoTokenizer.from_pretrained(empty, **found.shared)
-            split_as_said_(tokenizer, Path(found.shared["gguf_file"]))
+            gguf_file.split_as_said_(tokenizer, Path(found.shared["gguf_file"]))
             return tokenizer
         return read_tokenizer(found.folder, found.shared)
     except Exception:  # tokenizer code raises whatever its parser raises

@@ -21,7 +21,7 @@ from llm_pruner.models import checkpoint_files as on_disk
 from llm_pruner.models.gguf_file import complete_from_gguf_
 from llm_pruner.settings.options import near
 
-TOKENIZERS = (
+_TOKENIZERS = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
     *("ice_text.model", "*.tiktoken", "tekken.json", "tokenizer_config.json"),
 )
@@ -61,7 +61,7 @@ def find_source(
     shared = {"revision": revision, "trust_remote_code": trust}
     if path.is_dir():
         _check_folder(path, weights)
-        there = any(next(path.glob(pattern), None) for pattern in TOKENIZERS)
+        there = any(next(path.glob(pattern), None) for pattern in _TOKENIZERS)
         return ModelSource(str(path), on_disk.name_of(path), shared, there)
     if path.suffix == ".gguf":
         if not path.is_file():

@@ -24,17 +24,10 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 from torch.utils.weak import WeakIdKeyDictionary
 
 from llm_pruner.errors import NeedsMemory
+from llm_pruner.models import mapped_weights as mapped
 from llm_pruner.models.forward import input_embedding
 from llm_pruner.models.layers import heaviest_list, names_in_float32, with_initialisers
-from llm_pruner.models.mapped_weights import (
-    Joined,
-    StoredWeight,
-    are_mapped,
-    filed,
-    mapped_files,
-    whole,
-    wider_values,
-)
+from llm_pruner.models.mapped_weights import Joined, StoredWeight
 from llm_pruner.types import IntArray
 
 _SOURCES: Any = WeakIdKeyDictionary()
@@ -131,11 +124,11 @@ def stream_(
             f"{type(model).__name__} has no list of blocks, so its weights cannot be read block by "
             "block"
         )
-    ranges = mapped_files(folder) if folder is not None else []
+    ranges = mapped.mapped_files(folder) if folder is not None else []
     there = next(one.dtype for one in model.parameters() if one.is_floating_point())
     exact = {}
     if folder is not None and torch.promote_types(dtype, there) != there:
-        exact = wider_values(model, folder, there)
+        exact = mapped.wider_values(model, folder, there)
     _compute_anew_(model, dtype)
     values, wide = exact | _set_apart_(model), _wide(model, dtype)
     uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
@@ -143,7 +136,7 @@ def stream_(
     def source_of(tensor: torch.Tensor) -> StoredWeight:
         stored = values.get(id(tensor), tensor).detach()
         kind = torch.float32 if id(tensor) in wide else dtype
-        return StoredWeight(stored, kind, device, are_mapped(stored, ranges))
+        return StoredWeight(stored, kind, device, mapped.are_mapped(stored, ranges))
 
     for number, block in enumerate(blocks):
         inside = [one for _, one in block.named_parameters(remove_duplicate=False)]
@@ -204,7 +197,9 @@ def _set_apart_(model: nn.Module) -> dict[int, torch.Tensor]:
                 parameters[key] = one
                 noted[id(one)] = old
         buffers: dict[str, Any] = module._buffers
-        buffers |= {key: whole(one) for key, one in buffers.items() if isinstance(one, Joined)}
+        buffers |= {
+            key: mapped.whole(one) for key, one in buffers.items() if isinstance(one, Joined)
+        }
     return noted
 
 
@@ -332,8 +327,8 @@ def turn(*blocks: nn.Module) -> Iterator[None]:
                 if now is not None and now is not before and now not in _SOURCES:
                     source = _SOURCES[before]
                     kind = new_weights_in.get() or source.stored.dtype
-                    stored, mapped = filed(now.data.to("cpu", kind))
-                    _adopt(now, replace(source, stored=stored, mapped=mapped, changes=()))
+                    stored, in_file = mapped.filed(now.data.to("cpu", kind))
+                    _adopt(now, replace(source, stored=stored, mapped=in_file, changes=()))
 
 
 def _type_in_turn(module: nn.Module, source: StoredWeight) -> torch.dtype:
