@@ -9,8 +9,7 @@
 - ``activations, attention by sample``: the same with attention as our passes compute it there;
 - ``weights``: forward and backward with the gradients of all weights: what ``taylor`` cannot;
 - ``original``: the loop of the original's mixed order (``reference/mixed_taylor.py``);
-- ``gate``, ``taylor, mixed``: our estimates, of heads and FFN channels; ``gate, blocks run again``:
-  without the activations of a few samples held for the way back.
+- ``gate``, ``taylor, mixed``: our estimates, of heads and FFN channels.
 
 All multiply in bfloat16 where the processor does; the plain passes take 16 samples at a time, the
 original's one, and 16 in its last pass. Memory is the peak of the process beyond what it took to
@@ -21,10 +20,8 @@ from __future__ import annotations
 
 import argparse
 import resource
-import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -34,7 +31,6 @@ import torch
 
 import llm_pruner as lp
 from commands import apart, keep
-from llm_pruner.importance.boundary_pass import as_in
 from llm_pruner.runtime.attention import by_sample
 from llm_pruner.runtime.precision import multiplies_bfloat16
 from machine import here
@@ -67,7 +63,6 @@ def run(kind: str, model: str, calibration: str) -> dict[str, float]:
         "weights": lambda: plain(network, tokens, weights=True),
         "original": lambda: mixed_scores(network.requires_grad_(), tokens),
         "gate": lambda: lp.score(loaded, groups, lp.Criterion("gate"), text, groups=cut),
-        "gate, blocks run again": lambda: jobs["gate"](),
         "taylor, mixed": lambda: lp.score(
             loaded, groups, lp.Taylor(order="mixed"), text, groups=cut
         ),
@@ -76,11 +71,7 @@ def run(kind: str, model: str, calibration: str) -> dict[str, float]:
     groups = lp.discover(loaded)
     cut = {one.name for one in groups.groups if one.kind in ("heads", "ffn")}
     before, begin = peak(), time.perf_counter()
-    again, rows = kind == "gate, blocks run again", network.get_input_embeddings().weight.shape[0]
-    with (
-        torch.autocast("cpu", torch.bfloat16, enabled=not ours and multiplies_bfloat16()),
-        as_in(sys.maxsize, rows) if again else nullcontext(),
-    ):
+    with torch.autocast("cpu", torch.bfloat16, enabled=not ours and multiplies_bfloat16()):
         jobs[kind]()
     seconds = time.perf_counter() - begin
     return {"seconds": round(seconds, 2), "bytes": peak() - before}
@@ -100,7 +91,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "pruning_cost.json")
     options = parser.parse_args()
     passes = ("activations", "activations, attention by sample")
-    kinds = (*passes, "gate", "gate, blocks run again", "weights", "taylor, mixed", "original")
+    kinds = (*passes, "gate", "weights", "taylor, mixed", "original")
     runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     for _ in range(options.repeats):
         for kind in kinds:

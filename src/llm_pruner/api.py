@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from llm_pruner.commands.refitting import Refitter, fitted_and_judged
 from llm_pruner.data.calibration import Calibration, read_calibration
 from llm_pruner.data.text import PRUNED, Protocol, load_evaluation_text
 from llm_pruner.discovery.groups import discover as discover_groups
-from llm_pruner.errors import UserError, require_kind
+from llm_pruner.errors import UserError
 from llm_pruner.evaluation.answers import check_prompts, written
 from llm_pruner.evaluation.health import Health, health_prompts, own_prompts
 from llm_pruner.evaluation.health import health as measure_health
@@ -46,7 +45,7 @@ from llm_pruner.settings.common import CalibrationSettings
 from llm_pruner.settings.curve import RATIOS, CurveSettings
 from llm_pruner.settings.evaluate import PerplexitySettings
 from llm_pruner.settings.prune import READ_BY, PlanSettings, PruneSettings
-from llm_pruner.settings.recover import DataSettings, RecoverSettings, TrainingSettings
+from llm_pruner.settings.recover import RecoverSettings, TrainingSettings
 from llm_pruner.surgery.pruner import Surgeon
 from llm_pruner.surgery.removal import checked_removal
 from llm_pruner.surgery.verify import prune_ as prune_module_
@@ -66,13 +65,9 @@ class Model:
         tokenizer: None where there is none.
         groups: of the dense model; None before `discover`.
         plan: what was removed; None before `prune_`.
-
-    Raises:
-        UserError: it is made of something else than what was loaded.
     """
 
     def __init__(self, loaded: LoadedModel) -> None:
-        require_kind("loaded", loaded, LoadedModel, "what load_model returned, or use lp.load")
         self.loaded = loaded
         self.network: Any = loaded.model
         self.tokenizer = loaded.tokenizer
@@ -99,9 +94,8 @@ class Model:
         """Write a folder that ``from_pretrained`` loads; weights in the type they were stored in.
 
         Raises:
-            UserError: the folder is taken, or ``out`` is none.
+            UserError: the folder is there, and ``overwrite`` is not set.
         """
-        require_kind("out", out, (str, Path), "the folder to write")
         out = expanded(out)
         with stored_as(self.network, self.loaded.stored_dtype):
             save_checkpoint(
@@ -125,9 +119,6 @@ class Scores(dict[str, FloatArray]):
         criterion: what was measured.
         text: on what; None if nothing was read, or bare tokens.
         seed: of the criterion ``random``.
-
-    Raises:
-        UserError: ``criterion``, ``text`` or ``seed`` is of another kind.
     """
 
     def __init__(
@@ -138,8 +129,6 @@ class Scores(dict[str, FloatArray]):
         seed: int,
     ) -> None:
         super().__init__(values)
-        require_kind("text", text, Calibration | None, "what calibration returned, or None")
-        require_kind("seed", seed, Integral, "a whole number")
         self.criterion, self.text, self.seed = _criterion(criterion), text, int(seed)
 
 
@@ -179,25 +168,13 @@ def Lora(rank: int | None = None, **settings: Any) -> TrainingSettings:  # noqa:
     return TrainingSettings(**settings | {"lora_r": rank})
 
 
-def _require_model(model: Any) -> None:
-    """Raise UserError unless a `Model` is given, with its tokenizer and what was done to it."""
-    require_kind("model", model, Model, "what load returned, or lp.Model(loaded) of a LoadedModel")
-
-
 def _criterion(given: Criterion | str) -> Criterion:
-    """Return a criterion, also by its name."""
-    given = Criterion(given) if isinstance(given, str) else given
-    require_kind("criterion", given, Criterion, "one such as lp.Criterion('fisher')")
-    return given
+    return Criterion(given) if isinstance(given, str) else given
 
 
 def _tokens(text: Any, network: nn.Module) -> torch.Tensor:
     """Return the token ids, shape (samples, tokens), of a text or as they are given."""
-    if isinstance(text, Calibration):
-        return text.input_ids
-    kinds = (torch.Tensor, np.ndarray, list, tuple)
-    require_kind("text", text, kinds, "what calibration returned, or token ids")
-    return token_ids(text, network)
+    return text.input_ids if isinstance(text, Calibration) else token_ids(text, network)
 
 
 def load(
@@ -213,7 +190,6 @@ def load(
     Raises:
         UserError: it cannot be loaded, and why.
     """
-    require_kind("model", model, (str, Path), "a name or a path; discover takes a module as it is")
     return Model(
         load_model(
             str(model),
@@ -238,11 +214,8 @@ def calibration(
     """Return calibration text: ``self`` (the model writes it), a hub dataset or a local file.
 
     Raises:
-        UserError: it cannot be read, or holds too few tokens; or the seed is no whole number.
+        UserError: it cannot be read, or holds too few tokens.
     """
-    _require_model(model)
-    require_kind("source", source, (str, Path), "'self', the name of a dataset, or a file")
-    require_kind("seed", seed, Integral, "a whole number")
     asked = CalibrationSettings(
         calibration=str(source),
         samples=samples,
@@ -250,7 +223,7 @@ def calibration(
         text_split=text_split,
         text_field=text_field,
     )
-    return read_calibration(model.current, asked, int(seed), Clock())
+    return read_calibration(model.current, asked, seed, Clock())
 
 
 def discover(model: Model | LoadedModel | nn.Module, **how: Any) -> Discovery:
@@ -280,7 +253,6 @@ def score(
     criterion: Criterion | str,
     text: Calibration | ArrayLike | None = None,
     *,
-    input_ids: ArrayLike | None = None,
     seed: int = 0,
     groups: Collection[str] | str | None = None,
 ) -> Scores:
@@ -290,29 +262,22 @@ def score(
         model: the dense model.
         discovery: the groups, from `discover`.
         criterion: such as ``Taylor()``, ``Criterion("fisher")`` or ``"fisher"``.
-        text: from `calibration`, or token ids.
-        input_ids: token ids in its place, integers of shape (samples, seq_len).
+        text: from `calibration`, or token ids, integers of shape (samples, seq_len).
         seed: of the criterion ``random``.
         groups: names of those to score, or one; None: all that are not frozen.
 
     Raises:
-        UserError: nothing can be scored so; or the `Model` was pruned, and its groups are those of
-            the dense one; or they are of another model; or the seed is no whole number.
+        UserError: nothing can be scored so; or the model is not the one of the groups.
     """
     if isinstance(model, Model):
         model.require_dense()
-    if text is not None and input_ids is not None:
-        raise UserError("both text and input_ids are given; leave one out")
     network, criterion = module_of(model), _criterion(criterion)
-    require_kind("discovery", discovery, Discovery, "what discover returned")
-    text = input_ids if text is None else text
     tokens = None if text is None else _tokens(text, network)
-    text = text if isinstance(text, Calibration) else None
     with fast_matmul(network):
         found = score_groups(
             network, discovery, criterion, input_ids=tokens, seed=seed, groups=groups
         )
-    return Scores(found, criterion, text, seed)
+    return Scores(found, criterion, text if isinstance(text, Calibration) else None, seed)
 
 
 def plan(model: Model, groups: Discovery, scores: Scores | None, settings: PlanSettings) -> Plan:
@@ -329,19 +294,9 @@ def plan(model: Model, groups: Discovery, scores: Scores | None, settings: PlanS
     Raises:
         UserError: the settings cannot be met, and what can.
     """
-    _require_model(model)
     model.require_dense()
-    require_kind("groups", groups, Discovery | None, "what discover returned")
-    require_kind(
-        "settings", settings, PlanSettings, "settings such as lp.presets.balanced(ratio=0.2)"
-    )
     said, text, estimate = settings.written(), None, None
     if scores is not None:
-        if not isinstance(scores, Scores):
-            raise UserError(
-                "these scores do not say what they are of; give what score returned, or make them "
-                "Scores(values, criterion, text, seed)"
-            )
         if settings.steps > 1:
             raise UserError("scores hold for one step; give None to estimate before each")
         how, text = scores.criterion, scores.text
@@ -390,12 +345,7 @@ def curve(
     Raises:
         UserError: a size cannot be reached, or there is no text to measure on, or no tokenizer.
     """
-    _require_model(model)
     model.require_dense()
-    require_kind(
-        "settings", settings, PlanSettings | None, "settings such as lp.presets.balanced()"
-    )
-    require_kind("text", text, str | Path | None, "the name of a dataset, or a file")
     said = {} if settings is None else settings.written()
     said = {name: of for name, of in said.items() if name in CurveSettings.model_fields}
     said |= {"model": model.loaded.name, "out": _NEW, "ratios": np.ravel(ratios).tolist()}
@@ -428,17 +378,11 @@ def prune_(
     Raises:
         PlanError: the plan is for another model, or breaks its rules.
         InfeasibleError: the removal breaks them.
-        UserError: a `Model` was pruned before; or there is a plan and a removal, or neither.
+        UserError: a `Model` was pruned before.
         VerificationError: the result is not the masked model; it is undone.
     """
     if isinstance(model, Model):
         model.require_dense()
-    require_kind("plan", plan, (Plan, Discovery), "what plan, read_plan or discover returned")
-    if isinstance(plan, Plan) == (removal is not None):
-        raise UserError(
-            "units to remove come from a plan, or from groups and a removal; give prune_(model, "
-            "plan) or prune_(model, groups, {'layers.3.ffn': [0, 1]})"
-        )
     if isinstance(plan, Discovery):
         made, groups, gone = None, plan, checked_removal(plan, removal or {})
     else:
@@ -465,7 +409,6 @@ def refit_(model: Model, text: Calibration | ArrayLike) -> None:
     Raises:
         UserError: it was not pruned, or was refitted or trained since; or that is no text.
     """
-    _require_model(model)
     if model._refitter is None:
         raise UserError(
             "there is nothing to refit; prune the model first, and refit it once, before it is "
@@ -497,23 +440,11 @@ def recover_(
         teacher: the dense model, which writes ``self``; its predictions are learned by the command
             alone.
         trainer: ``callbacks``, ``optimizer_cls_and_kwargs`` and others that transformers' Trainer
-            takes.
+            takes, but no ``optimizers``: a copy of the model is trained.
 
     Raises:
-        UserError: the data cannot be read, or does not do for the model, or there is no tokenizer;
-            or there is nothing to train, as in ``optimizers``, whose weights are not those of the
-            copy that is trained; or the settings ask for what the command alone does.
+        UserError: the data cannot be read, or does not do for the model, or there is no tokenizer.
     """
-    _require_model(model)
-    require_kind("data", data, (str, Path), "'self', the name of a dataset, or a file")
-    require_kind("settings", settings, TrainingSettings, "settings such as lp.Lora(rank=8)")
-    require_kind("teacher", teacher, Model | None, "what load returned for the dense model")
-    _check_in_memory(settings)
-    if any(trainer.get("optimizers") or ()):
-        raise UserError(
-            "optimizers holds weights that are not trained, since a copy of the model is; give a "
-            "class and its settings, as optimizer_cls_and_kwargs=(torch.optim.SGD, {'lr': 0.01})"
-        )
     # What trains is imported when it is used: other steps do without peft.
     from llm_pruner.commands.recover import (
         as_teacher,
@@ -561,16 +492,6 @@ def recover_(
     return outcome
 
 
-def _check_in_memory(settings: TrainingSettings) -> None:
-    """Raise UserError if settings of training ask for what is not done with a model in memory."""
-    done = {*TrainingSettings.model_fields, *DataSettings.model_fields}
-    if left := sorted(settings.given - done - {"model", "out", "teacher_cache"}):
-        raise UserError(
-            f"recover_ does nothing with {', '.join(left)}; leave that out (a dense model that "
-            "writes is its argument teacher), or use the command recover"
-        )
-
-
 def health(model: Model, prompts: Sequence[str] | None = None) -> Health:
     """Return how many of the model's long answers loop, and how many never end.
 
@@ -579,12 +500,9 @@ def health(model: Model, prompts: Sequence[str] | None = None) -> Health:
             ``evaluate --health``.
 
     Raises:
-        UserError: there is no prompt, or a single text in place of several, or no tokenizer.
+        UserError: there is no tokenizer.
     """
-    _require_model(model)
-    texts = own_prompts() if prompts is None else () if isinstance(prompts, str) else (*prompts,)
-    if not texts or not all(isinstance(one, str) for one in texts):
-        raise UserError("health is measured on a list of prompts; give some, or None for its own")
+    texts = own_prompts() if prompts is None else (*prompts,)
     asked = health_prompts(texts, None)
     name = "built in" if prompts is None else "given"
     model.current.require_tokenizer()
@@ -606,8 +524,6 @@ def perplexity(
     Raises:
         UserError: the corpus cannot be read, or there is no tokenizer to read it with.
     """
-    _require_model(model)
-    require_kind("source", source, (str, Path), "the name of a dataset, or a file")
     tokenizer = model.current.require_tokenizer()
     asked = PerplexitySettings(protocol=protocol, seq_len=seq_len, max_tokens=max_tokens)
     text = load_evaluation_text(str(source), asked)

@@ -29,7 +29,6 @@ from transformers.models.qwen2 import modeling_qwen2
 from helpers import tiny_model
 from llm_pruner.checkpoints import remote_code, save_checkpoint
 from llm_pruner.commands import abilities, evaluate
-from llm_pruner.data.selfmade import write_text_cached
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import PlanError, UserError
 from llm_pruner.files.disk import MOST_BYTES
@@ -393,17 +392,6 @@ def test_states_of_optimizers_and_random_generators(tmp_path: Path) -> None:
     state.write_random(tmp_path)
     with pytest.raises(UserError, match="--restart"):
         state.read_random(tmp_path, {"numpy": [0, 0], "python": []})
-
-
-@pytest.mark.parametrize("tensors", [None, {}, {"input_ids": torch.zeros(2, 8)}])
-def test_kept_text_that_is_damaged(tensors: Any, tmp_path: Path) -> None:
-    file = tmp_path / "8-0-00000.safetensors"
-    if tensors is None:
-        file.write_bytes(b"x")
-    else:
-        state.write_tensors(file, tensors)
-    with pytest.raises(UserError, match=r"00000\.safetensors is damaged; remove it"):
-        write_text_cached(None, None, tmp_path, samples=1, seq_len=8, seed=0)
 
 
 # Which files are read, and whose code runs.

@@ -33,7 +33,6 @@ from llm_pruner.evaluation.speed import Speed
 from llm_pruner.files.outputs import atomic_directory
 from llm_pruner.report.data import read_report
 from llm_pruner.report.records import Measured
-from llm_pruner.search.fast_widths import Rounding
 from llm_pruner.settings.evaluate import EvaluateSettings
 from llm_pruner.surgery.cut import cut_
 from llm_pruner.types import Discovery
@@ -226,38 +225,6 @@ def test_round_to_a_purpose(work: Path, tiny: Path) -> None:
     assert found["round_to"] == read_plan("plan.json").settings["round_to"] == 64
     said = refused("prune", tiny, "--out", "p.json", *options, "--round-to", "tp3")
     assert "layers.0.ffn has 80 units, which do not divide by 3" in said
-
-
-def test_round_to_what_is_fast_here(
-    work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = ("--ratio", 0.2, "--criterion", "l2", "--round-to", "auto")
-    monkeypatch.setattr(
-        llm_pruner.commands.prune,
-        "measured_rounding",
-        lambda *_: Rounding(16, {8: 0.9, 16: 0.98, 32: 1.0}),
-    )
-    shown = done("prune", tiny, "--out", "out", *options, "--json", "found.json").out
-    assert "channels kept in multiples of 16 (speed of each here: 8 90%, 16 98%, 32 100%)" in shown
-    found = json.loads(Path("found.json").read_text())
-    assert found["round_to"] == 16
-    assert found["rounding"]["throughput"] == {"8": 0.9, "16": 0.98, "32": 1.0}
-    widths = {row["sizes"]["ffn"][0] for row in found["layers"] if row["layer"] is not None}
-    assert {width % 16 for width in widths} == {0}
-    # The number that was chosen is in the plan, which is replayed without another look.
-    plan = read_plan("out/plan.json")
-    assert plan.settings["round_to"] == 16
-    monkeypatch.setattr(llm_pruner.commands.prune, "measured_rounding", None)
-    done("prune", tiny, "--out", "again", "--plan", "out/plan.json")
-    assert load("again").num_parameters() == found["parameters_after"]
-
-
-def test_a_model_too_small_to_round(work: Path, tiny: Path) -> None:
-    options = ("--ratio", 0.2, "--criterion", "l2", "--round-to", "auto", "--dry-run")
-    shown = done("prune", tiny, "--out", "plan.json", *options).out
-    assert "channels are not rounded: no multiple is fine enough for this model" in shown
-    plan = read_plan("plan.json")
-    assert plan.settings["round_to"] == 1
 
 
 def test_number_of_parameters_to_keep(work: Path, tiny: Path) -> None:

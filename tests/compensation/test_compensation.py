@@ -11,12 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from families import BASE, fresh, make
+from families import make
 from helpers import tiny_model
 from llm_pruner.compensation import RIDGES, held_out_samples, refit, refit_
-from llm_pruner.compensation.least_squares import Equations, Rows, Sums, best_refit, equations
+from llm_pruner.compensation.least_squares import Equations, Rows, Sums, best_refit
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
 from llm_pruner.importance import Criterion, score
@@ -79,12 +78,6 @@ def test_the_error_is_that_of_the_weighted_tokens() -> None:
         assert error == pytest.approx(float(plain / whole), rel=1e-2)
 
 
-def test_the_smaller_system_is_solved() -> None:
-    weight = torch.zeros(2, 10)
-    assert isinstance(equations(weight, 10), Rows)
-    assert isinstance(equations(weight, 11), Sums)
-
-
 @pytest.mark.parametrize("count", [200, 5000])
 def test_float32_is_enough(count: int) -> None:
     """Inputs whose sizes differ a hundredfold and that are much alike, as in a layer."""
@@ -142,25 +135,6 @@ def test_the_search_ends_at_the_best_ridge(start: float | None) -> None:
     assert errors[best] <= found.after <= 1.05 * errors[best]
     # One that is given is not searched for.
     assert best_refit(filled(Sums, weight, *tokens), held_out, (2.0, 2.0), start).ridge == 2.0
-
-
-@pytest.mark.parametrize("kind", [Rows, Sums])
-def test_derivatives_by_the_ridge(kind: type[Equations]) -> None:
-    torch.manual_seed(0)
-    rows, targets = torch.randn(30, 12).double(), torch.randn(30, 4).double()
-    weight, some = torch.randn(4, 12).double(), torch.tensor([0, 3])
-    held_out = filled(Rows, weight, torch.randn(9, 12), torch.randn(9, 4), torch.rand(9))
-    assert isinstance(held_out, Rows)
-    system = filled(kind, weight, rows, targets, torch.ones(30)).system()
-
-    def error(ridge: float) -> float:
-        return held_out.error(weight[some] + system.steps(ridge, some)[0], some)
-
-    step, *changes = system.steps(0.5, some, derivatives=2)
-    slope, bend = held_out.turns(weight[some] + step, changes, some)
-    low, here, high = (error(0.5 + off) for off in (-1e-3, 0.0, 1e-3))
-    assert slope == pytest.approx((high - low) / 2e-3, rel=1e-3)
-    assert bend == pytest.approx((high - 2 * here + low) / 1e-6, rel=1e-3)
 
 
 def removal_of(model: nn.Module, kinds: tuple[str, ...]) -> tuple[object, Removal]:
@@ -326,28 +300,6 @@ def test_weights_are_trained_afterwards_that_were_before() -> None:
     assert not all(before.values())
 
 
-def test_hidden_states_of_the_first_blocks_alone_are_left_as_they_are() -> None:
-    dense, discovery = fresh("llama")
-    ids, fitted = tokens(), []
-    removal = {"layers.0.ffn": np.arange(8), "layers.2.ffn": np.arange(8)}
-    with closing(HiddenStates()) as known:
-        chosen = {"layers.0.ffn"}  # which a forward pass through one block is enough for
-        score(
-            *(dense, discovery, Criterion("wanda")),
-            **{"input_ids": ids, "seed": 0, "groups": chosen, "keep": known},
-        )
-        assert known.has(1)
-        assert not known.has(2)
-        for given in (None, known, known):
-            model = copy.deepcopy(dense)
-            cut_(model, discovery, removal)
-            refit_(model, dense, discovery, removal, ids, known=given)
-            fitted.append(model.state_dict())
-    for key, value in fitted[0].items():
-        torch.testing.assert_close(fitted[1][key], value, atol=1e-4, rtol=1e-3)
-        assert torch.equal(fitted[2][key], fitted[1][key])
-
-
 def test_what_lost_nothing_is_left_alone() -> None:
     dense = make("llama")
     model = copy.deepcopy(dense)
@@ -386,22 +338,6 @@ def test_the_first_token_of_a_sample_is_fitted_best(monkeypatch: pytest.MonkeyPa
     alike, first = errors(0.0), errors(usual)
     assert first[0] < 0.9 * alike[0]
     assert first[1:].mean() < 1.2 * alike[1:].mean()
-
-
-def test_a_channel_that_another_can_stand_for_costs_nothing() -> None:
-    dense = make("llama")
-    mlp = dense.model.layers[0].mlp
-    with torch.no_grad():
-        for projection in (mlp.gate_proj, mlp.up_proj):
-            projection.weight[7] = projection.weight[3]
-    model = copy.deepcopy(dense)
-    discovery = discover(model)
-    removal = {"layers.0.ffn": np.array([7])}
-    cut_(model, discovery, removal)
-    masked = copy.deepcopy(model)
-    refit_(model, dense, discovery, removal, tokens(64), ridges=(1e-7, 1e-7))
-    ids = tokens(4)
-    assert divergence(model, dense, ids) < 1e-4 * divergence(masked, dense, ids)
 
 
 def test_bfloat16_and_refusals() -> None:
@@ -454,13 +390,6 @@ def test_blocks_that_read_keys_and_values_of_earlier_ones_are_refitted() -> None
     assert divergence(model, dense, fresh) < divergence(masked, dense, fresh)
 
 
-def test_several_hidden_states_of_a_sample_are_no_chain() -> None:
-    sizes = {"intermediate_size": [64] * 6, "activation_sparsity_pattern": [0.0] * 6}
-    model = tiny_model("gemma3n_text", **_SHARING, **sizes).requires_grad_(False)
-    with pytest.raises(NotBlockwise, match="hidden states of a sample are not together"):
-        find_chain(model, tokens(), {}, carries=True)
-
-
 def test_a_model_that_is_no_chain_is_refused() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -478,53 +407,3 @@ def test_a_model_that_is_no_chain_is_refused() -> None:
     cut_(model, discovery, removal)
     with pytest.raises(UserError, match=r"block by block: .*; use --compensation none"):
         refit_(model, dense, discovery, removal, tokens())
-
-
-@pytest.mark.parametrize("name", ["falcon", "falcon_new"])
-def test_code_that_goes_on_in_a_consumers_output_does_not_change_what_it_gave(name: str) -> None:
-    """Falcon adds the attention's output to that of the MLP in place."""
-    fitted = []
-    for apart in (False, True):
-        dense = make(name)
-        if apart:
-            for block in dense.transformer.h:
-                whole = block.mlp.forward
-                block.mlp.forward = lambda x, whole=whole: whole(x).clone()
-        model = copy.deepcopy(make(name))
-        discovery, removal = removal_of(model, ("ffn",))
-        cut_(model, discovery, removal)
-        refit_(model, dense, discovery, removal, tokens())
-        fitted.append(model.state_dict())
-    for key, value in fitted[0].items():
-        torch.testing.assert_close(fitted[1][key], value)
-
-
-def test_consumers_that_are_added_to_each_other_first_add_up() -> None:
-    """In bfloat16, as those of parallel attention are where modules multiply so."""
-    torch.manual_seed(0)
-    states = torch.randn(2, 8, 16)
-    outputs = [torch.randn(2, 8, 16).bfloat16() for _ in range(2)]
-    given = outputs[0] + outputs[1]
-    assert refit._adds_up(states, outputs, states + given) == 1
-    assert refit._adds_up(states, outputs, states + 0.22 * given) == pytest.approx(0.22, rel=1e-2)
-    assert refit._adds_up(states, outputs, states + outputs[0]) == 0
-    assert refit._adds_up(states, outputs, states + 0.5 * outputs[0] + outputs[1]) == 0
-    assert refit._adds_up(states, [outputs[0], outputs[1][..., :8]], states + given) == 0
-
-
-def test_consumers_of_other_widths_in_one_block() -> None:
-    """What reads the inner channels of a state space gives less than a hidden state."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "jamba",
-        **{**BASE, "num_experts": 2, "num_experts_per_tok": 1, "use_mamba_kernels": False},
-        **{"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 4},
-    )
-    dense = AutoModelForCausalLM.from_config(config).eval()
-    model = copy.deepcopy(dense)
-    discovery, removal = removal_of(model, ("ffn", "heads"))
-    cut_(model, discovery, removal)
-    done = refit_(model, dense, discovery, removal, tokens())
-    assert {"model.layers.0.mamba.out_proj", "model.layers.0.feed_forward.down_proj"} <= {
-        one.module for one in done if one.changed
-    }

@@ -98,9 +98,8 @@ def test_a_field_is_that_of_the_sources_that_have_it(tmp_path: Path) -> None:
     for which, field, said in (
         ("ab", "bdoy", "a.jsonl has no field 'bdoy'"),
         ("ta", "body", "a.jsonl has no field 'body'"),  # neither has the text file
-        ("a", "body", "a.jsonl has no field 'body'"),
-        ("bc", "body", "field 'body' of record 1 is a number"),
-        ("bd", "body", "d.jsonl has several string fields"),
+        ("bc", "body", "field 'body' of record 1 holds no text"),
+        ("bd", "body", "d.jsonl does not show which field"),
     ):
         with pytest.raises(UserError, match=said):
             written(which, field)
@@ -195,7 +194,7 @@ def test_several_sources_take_turns_and_give_equal_parts(tmp_path: Path) -> None
     with pytest.raises(UserError, match="samples=2 of 3 sources leave some without any"):
         build(",".join(map(str, files)), tokenizer, samples=2, **options)
     files[1].write_text("b" * 40)
-    with pytest.raises(UserError, match=r"70 samples are 23 of \S*b\.txt: b\.txt gives 40"):
+    with pytest.raises(UserError, match=r"b\.txt gives 40 tokens; 23 samples of 16 tokens need"):
         build(",".join(map(str, files)), tokenizer, samples=70, seed=0, seq_len=16)
 
 
@@ -214,15 +213,12 @@ def test_sources_give_their_shares_spread_evenly(tmp_path: Path) -> None:
     assert first_letters(":0.8", ":0.2") == "aabaaaabaa"
     assert first_letters(":3", ":7").count("a") == 3
     assert first_letters(":0.5", ":.5") == first_letters("", "") == "ab" * 5
-    with pytest.raises(UserError, match=r"samples=10 .* use at least 100$"):
+    with pytest.raises(UserError, match=r"samples=10 of 2 sources leave some without any"):
         first_letters(":0.99", ":0.01")
-    with pytest.raises(
-        UserError, match=r"b\.txt has no share in .*; give each source one, or none"
-    ):
-        first_letters(":0.8", "")
-    with pytest.raises(UserError, match=r"b\.txt has the share 0 in .*; leave it out"):
-        first_letters(":1", ":0")
-    with pytest.raises(UserError, match=r"a\.txt stands twice"):
+    for wrong in ((":0.8", ""), (":1", ":0")):
+        with pytest.raises(UserError, match="give a share above 0 to all of them or to none"):
+            first_letters(*wrong)
+    with pytest.raises(UserError, match=r"name each once"):
         build(f"{tmp_path}/a.txt,{tmp_path}/a.txt", tokenizer, **options)
 
 
@@ -297,19 +293,6 @@ def test_further_text_that_cannot_be_read_again(
     assert "429" in caplog.text
 
 
-def test_a_text_goes_on_as_far_as_what_is_measured_on_needs(tmp_path: Path) -> None:
-    source = write_documents(tmp_path / "t.jsonl", [250] * 400)
-    asked = CalibrationSettings(calibration=source, samples=4, seq_len=20)
-    made = build_calibration(asked, tiny_tokenizer(), seed=0, unseen=1000)
-    assert len(made.unseen) == 1000
-
-
-def test_a_comma_in_the_name_of_a_file(tmp_path: Path) -> None:
-    source = write_documents(tmp_path / "a,b.jsonl", [300, 300])
-    made = build(source, tiny_tokenizer(), samples=4, seq_len=50, seed=0)
-    assert made.settings["name"] == "a,b.jsonl"
-
-
 def test_a_plain_text_is_cut_in_order_and_drawn_by_seed(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     text = "".join(f"{n:04d}" for n in range(100))
@@ -356,23 +339,15 @@ def test_settings_tell_what_was_used(tmp_path: Path) -> None:
 def test_too_short(tmp_path: Path) -> None:
     source = str(tmp_path / "t.txt")
     (tmp_path / "t.txt").write_text("x" * 100)
-    message = r"t\.txt gives 100 tokens; 4 samples of 32 tokens need 128; use --samples 3 or"
+    message = r"t\.txt gives 100 tokens; 4 samples of 32 tokens need 128; use a longer text"
     with pytest.raises(UserError, match=message):
         build(source, tiny_tokenizer(), samples=4, seq_len=32, seed=0)
-    with pytest.raises(UserError, match="or a --seq-len of at most 100"):
-        build(source, tiny_tokenizer(), samples=1, seq_len=128, seed=0)
     made = build(source, tiny_tokenizer(), samples=3, seq_len=32, seed=0)
     assert made.input_ids.shape == (3, 32)
-    (tmp_path / "t.txt").write_text("x")
-    with pytest.raises(UserError, match=r"use a longer text$"):
-        build(source, tiny_tokenizer(), samples=1, seq_len=128, seed=0)
 
 
 def test_bad_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "e.txt").write_text("")
-    with pytest.raises(UserError, match=r"e\.txt is empty"):
-        build(str(tmp_path / "e.txt"), tiny_tokenizer(), samples=1, seq_len=8, seed=0)
     with pytest.raises(UserError, match="samples=0 calibrates on nothing"):
         build("self", tiny_tokenizer(), samples=0, seq_len=8, seed=0)
     with pytest.raises(UserError, match="seq_len=1 predicts no token"):
@@ -448,12 +423,6 @@ def test_as_many_texts_are_written_at_a_time_as_the_cache_has_room_for(
     assert written(5.9) == {5, 4}
     assert written(0.5) == {2, 1}
     assert written(1000) == {9}
-
-
-def test_self_starts_with_bos_where_the_tokenizer_adds_it() -> None:
-    ids = write_text(tiny_model(), marking_tokenizer("<s> $A"), samples=3, seq_len=10, seed=0)
-    assert ids[:, 0].tolist() == [BOS] * 3
-    assert int(ids[:, 1:].min()) > EOS
 
 
 class Fixed(nn.Module):
@@ -643,7 +612,7 @@ def test_chats_stand_beside_other_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("template", "said"),
-    [(None, "has none"), (CHAT_TEMPLATE.replace("</s>", "!"), "end with special tokens")],
+    [(None, "has none"), (CHAT_TEMPLATE.replace("</s>", "!"), "special tokens after turns")],
 )
 def test_chats_need_a_template_that_ends_turns(template: str | None, said: str) -> None:
     tokenizer = tiny_tokenizer()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,8 @@ from torch import nn
 from helpers import tiny_model
 from llm_pruner.errors import UserError
 from llm_pruner.importance import Criterion, boundary_pass, score, taylor
-from llm_pruner.importance.boundary_pass import as_in, loss_cotangent, loss_stride
+from llm_pruner.importance.boundary_pass import loss_stride
+from llm_pruner.importance.loss import loss_cotangent
 from llm_pruner.models.activation_store import ActivationStore
 from llm_pruner.models.blockwise import NotBlockwise, find_chain
 from llm_pruner.types import Discovery, Group, Member
@@ -256,22 +256,6 @@ def test_taylor_by_hand(criterion: Criterion) -> None:
     np.testing.assert_allclose(got, joined, rtol=1e-5)
 
 
-def test_written_out_numbers() -> None:
-    """Sample 1 twice: g is its gradient and F the square; r = sigmoid(-1.25) = 0.2227001."""
-    model = TwoLayers()
-    ids = torch.tensor([[1, 0], [1, 0]])
-
-    def scores(order: str, reduction: str) -> np.ndarray:
-        criterion = Criterion(order=order, reduction=reduction)
-        return score(model, model.discovery(), criterion, input_ids=ids, seed=0)["ffn"]
-
-    # g w / r: first ((-0.9, -0.6), (0.45, -0.2)); columns of second ((-1, -0.5), (0, 0.25))
-    np.testing.assert_allclose(scores("first", "element"), [0.6681002, 0.2004301], rtol=1e-5)
-    np.testing.assert_allclose(scores("first", "vector"), [0.6681002, 0.1113500], rtol=1e-5)
-    # sums of their squares: 1.17 + 1.25 and 0.2425 + 0.0625, times r^2 / 2
-    np.testing.assert_allclose(scores("second", "element"), [0.0600105, 0.0075633], rtol=1e-5)
-
-
 def test_query_heads_are_folded_into_the_kv_head_they_read() -> None:
     """8 query and 2 KV heads, only query heads 0 and 1 matter: [8, 0], not [4, 4]."""
     model = nn.Module()
@@ -371,16 +355,16 @@ def test_a_large_output_layer_runs_at_a_share_of_the_positions(
         assert sorted(seen.tolist()) == list(range(12))
 
 
-@pytest.mark.parametrize(("blocks", "stride"), [(1, 3), (2, 2), (3, 1)])
-def test_a_stand_in_takes_the_loss_where_the_model_would(blocks: int, stride: int) -> None:
-    sizes = {"vocab_size": 66_000, "hidden_size": 24, "intermediate_size": 22_000}
-    for now in (sizes, {**sizes, "num_hidden_layers": 2}, {**sizes, "vocab_size": 300}):
-        model = tiny_model(**{"num_hidden_layers": 1, **now}).requires_grad_(False)
-        chain = find_chain(model, tokens(), {})
-        with as_in(blocks, 66_000):
-            assert loss_stride(chain) == stride
-        with as_in(blocks, 60_000):
-            assert loss_stride(chain) == 1
+def test_positions_with_a_loss_by_the_size_of_the_output_layer() -> None:
+    sizes = {"hidden_size": 24, "intermediate_size": 22_000}
+    for blocks, vocabulary, stride in (
+        (1, 66_000, 3),
+        (2, 66_000, 2),
+        (3, 66_000, 1),
+        (1, 60_000, 1),
+    ):
+        model = tiny_model(**sizes, num_hidden_layers=blocks, vocab_size=vocabulary)
+        assert loss_stride(find_chain(model.requires_grad_(False), tokens(), {})) == stride
 
 
 @pytest.mark.parametrize("criterion", [Criterion(), Criterion("fisher")])
@@ -586,28 +570,6 @@ def test_hidden_states_on_disk_give_the_same_scores(
         np.testing.assert_array_equal(got[name], want[name])
 
 
-def test_stored_activations_keep_bfloat16_and_the_order_of_samples() -> None:
-    values = torch.randn(5, 2, 3).bfloat16()
-    for budget in (0, 70, 1 << 20):
-        with closing(ActivationStore(range(2, 4), 5, budget)) as store:
-            for key, start in itertools.product((2, 3), (4, 0, 2)):
-                part = slice(start, min(start + 2, 5))
-                store.write(key, part, values[part] * key)
-            assert torch.equal(store.read(2, slice(0, 5)), values * 2)
-            assert torch.equal(store.read(3, slice(3, 5)), values[3:] * 3)
-            store.drop(2)
-            with pytest.raises(KeyError):
-                store.read(2, slice(0, 1))
-        with pytest.raises(KeyError):
-            store.read(3, slice(0, 1))
-
-
-def test_no_room_for_hidden_states_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
-    with pytest.raises(UserError, match=r"hidden states of 5 samples.*set TMPDIR to a larger disk"):
-        ActivationStore(range(2), 5, 0).write(0, slice(0, 1), torch.ones(1, 8, 8))
-
-
 def state_of(model: Any) -> tuple[Any, ...]:
     return (
         [module.training for module in model.modules()],
@@ -665,7 +627,7 @@ def test_sample_without_a_finite_loss_is_named(path: str, monkeypatch: pytest.Mo
 def test_weights_that_are_not_finite_are_named() -> None:
     model = TwoLayers()
     model.first.weight.data[0, 0] = torch.inf
-    with pytest.raises(UserError, match=r"first\.weight holds NaN or infinite weights"):
+    with pytest.raises(UserError, match=r"the weights of first\.weight are not finite"):
         score(model, model.discovery(), Criterion("l2"), input_ids=None, seed=0)
 
 
@@ -681,16 +643,6 @@ def test_half_precision_agrees_with_float32(dtype: torch.dtype, order: str) -> N
         assert got[name].min() > 0
         assert np.corrcoef(got[name], want[name])[0, 1] > 0.99, name
         assert got[name].mean() == pytest.approx(want[name].mean(), rel=0.05)
-
-
-def test_float64_is_estimated_where_a_processor_multiplies_bfloat16(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("llm_pruner.runtime.precision.multiplies_bfloat16", lambda *_: True)
-    model = tiny_model(num_hidden_layers=2)
-    ids, discovery = tokens(4, 60), llama_discovery(model)
-    got = score(model.double(), discovery, Criterion("fisher"), input_ids=ids, seed=0)
-    assert got["layers.0.ffn"].min() > 0
 
 
 @pytest.mark.parametrize("order", ["first", "second", "mixed"])
@@ -736,15 +688,6 @@ def test_loss_is_the_mean_over_predicted_tokens() -> None:
     torch.testing.assert_close(half.float() * factor, expected, rtol=1e-2, atol=1e-6)
 
 
-def test_same_call_gives_the_same_scores(llama: Any) -> None:
-    model, discovery, ids, _, _ = llama
-    for criterion in (Criterion(order="mixed"), Criterion("random"), Criterion("l2")):
-        one = score(model, discovery, criterion, input_ids=ids, seed=3)
-        two = score(model, discovery, criterion, input_ids=ids, seed=3)
-        for name in one:
-            np.testing.assert_array_equal(one[name], two[name])
-
-
 def test_random_depends_on_seed_and_name_alone(llama: Any) -> None:
     model, discovery, _, _, _ = llama
     every = score(model, discovery, Criterion("random"), input_ids=None, seed=1)
@@ -785,14 +728,6 @@ def test_frozen_groups_are_scored_only_on_request() -> None:
     np.testing.assert_allclose(got["ffn"], [3.3, 7.05])
 
 
-def test_product_with_a_dead_member_is_zero_and_finite() -> None:
-    model = TwoLayers()
-    model.second.weight.data[:, 1] = 0
-    criterion = Criterion("l1", aggregate="prod")
-    got = score(model, model.discovery(), criterion, input_ids=None, seed=0)["ffn"]
-    np.testing.assert_allclose(got, [math.sqrt(3 * 0.3), 0], rtol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -814,8 +749,7 @@ def test_unknown_choices(arguments: dict[str, str], message: str) -> None:
         (None, "needs calibration text and got none"),
         (torch.zeros(3, dtype=torch.long), r"shape \(3,\).*give integers of shape"),
         (torch.zeros(3, 4), r"type torch\.float32.*give integers"),
-        (torch.zeros(3, 1, dtype=torch.long), r"3 samples x 1 tokens predicts no token"),
-        (torch.zeros(0, 4, dtype=torch.long), r"0 samples x 4 tokens predicts no token"),
+        (torch.zeros(3, 1, dtype=torch.long), r"shape \(3, 1\) predicts no token"),
     ],
 )
 def test_unusable_calibration(ids: Any, message: str) -> None:
@@ -831,11 +765,3 @@ def test_unknown_group_and_foreign_discovery() -> None:
     foreign = describe(model, Group("g", "ffn", 0, 1, (Member("other.weight", 0, rows(1), 0),)))
     with pytest.raises(UserError, match=r"names the tensor other\.weight.*this very model"):
         score(model, foreign, Criterion("l1"), input_ids=None, seed=0)
-
-
-def test_model_without_logits() -> None:
-    model = TwoLayers()
-    discovery = model.discovery()
-    model.forward = lambda ids: {"nothing": ids}  # type: ignore[method-assign]
-    with pytest.raises(UserError, match="dict without logits"):
-        score(model, discovery, Criterion(), input_ids=torch.tensor([[0, 1]]), seed=0)

@@ -6,7 +6,6 @@ import re
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
-from itertools import product
 
 import numpy as np
 import pytest
@@ -89,18 +88,6 @@ def test_ratio_is_met_or_the_nearest_is_named(model, structures, scope):
         assert same(removal, allocate(discovery, scores, selection, target))
     # Fine structures reach every ratio; heads and hidden channels of a model this small do not.
     assert met >= (8 if "ffn" in structures else 1)
-
-
-def test_all_structures_together_reach_every_ratio():
-    discovery = MODELS["gqa"]
-    for scope, percent in product(("local", "global"), range(5, 61, 5)):
-        removal = allocate(
-            discovery,
-            fake_scores(discovery),
-            Selection(("heads", "ffn", "hidden", "head_dim", "layers"), scope=scope),
-            Target(ratio=percent / 100),
-        )
-        assert abs(share(discovery, removal) - percent / 100) <= TOLERANCE
 
 
 def test_counter_agrees_with_count_parameters():
@@ -192,23 +179,6 @@ def test_removed_layers_name_no_other_units():
     assert check(discovery, removal) == []
 
 
-def test_even_widths_come_before_the_last_parameter():
-    discovery = MODELS["gqa"]
-    removal = allocate(
-        discovery, fake_scores(discovery), Selection(("ffn", "heads")), Target(ratio=0.25)
-    )
-    for kind in ("ffn", "heads"):
-        assert len({len(removal[f"layers.{layer}.{kind}"]) for layer in range(5)}) == 1
-
-
-def test_uneven_heads_meet_what_even_ones_cannot():
-    discovery = fake_llama(24, hidden=32, ffn=8, kv_heads=4, repeat=1, head_dim=8, vocab=16)
-    removal = allocate(discovery, fake_scores(discovery), Selection(("heads",)), Target(ratio=0.3))
-    counts = {len(removal.get(f"layers.{layer}.heads", ())) for layer in range(24)}
-    assert len(counts) == 2
-    assert max(counts) - min(counts) == 1
-
-
 def test_global_ranks_by_importance_per_parameter():
     discovery = fake_llama(2, hidden=16, ffn=32, kv_heads=4, repeat=1, head_dim=8, vocab=8)
     scores = {group.name: np.ones(group.size) for group in discovery.groups}
@@ -260,20 +230,6 @@ def test_global_unit_ratio_may_leave_layers_whole():
         with pytest.raises(UserError, match=message):
             refuse(discovery, selection=selection, target=Target(unit_ratio=0.05))
     assert allocate(discovery, fake_scores(discovery), selection, Target(unit_ratio=0.067))
-
-
-@pytest.mark.parametrize("scope", ["local", "global"])
-def test_sizes_that_are_named_can_be_reached_with_the_split(scope):
-    discovery = fake_llama(3, ffn=64, kv_heads=3, repeat=1, head_dim=16)
-    split = {"heads": 0.8, "ffn": 0.2}
-    asked = fake_scores(discovery), Selection(("heads", "ffn"), scope=scope, split=split)
-    for ratio in (0.1, 0.15, 0.3):
-        with pytest.raises(UserError, match="nearest that can") as refused:
-            allocate(discovery, *asked, Target(ratio=ratio))
-        named = re.findall(r"([\d,]+) parameters", str(refused.value))
-        assert named
-        for size in named:
-            assert allocate(discovery, *asked, Target(params=parse_count(size)))
 
 
 @pytest.mark.parametrize(
@@ -348,19 +304,6 @@ def test_steps_with_a_ratio_end_at_the_ratio(scope):
     assert np.allclose(shares, [0.1, 0.2, 0.3, 0.4], atol=TOLERANCE)
 
 
-def with_one_head_left(discovery: Discovery) -> Discovery:
-    """Return what is found where a layer has one key-value head: its query heads can go."""
-    groups = []
-    for group in discovery.groups:
-        of = discovery.group(group.owner) if group.owner else None
-        if group.kind == "heads" and group.size == 1:
-            continue
-        if of is not None and of.size == 1:
-            group = replace(group, name=of.name, kind="heads", blocks=None, owner=None)
-        groups.append(group)
-    return replace(discovery, groups=tuple(groups))
-
-
 def removed_in_steps(dense: Discovery, selection: Selection, ratio: float, steps: int) -> Removal:
     """Return what several steps remove of a model whose layers come to one key-value head."""
     numbering, discovery = Numbering.dense(dense), dense
@@ -369,17 +312,8 @@ def removed_in_steps(dense: Discovery, selection: Selection, ratio: float, steps
         removal = allocate(discovery, fake_scores(discovery), selection, step, numbering)
         numbering = numbering.after(removal)
         left = fake_pruned(dense, numbering.removal())
-        discovery = numbering.matched(with_one_head_left(left))
+        discovery = numbering.matched(left)
     return numbering.removal()
-
-
-@pytest.mark.parametrize("scope", ["local", "global"])
-@pytest.mark.parametrize("structures", [("heads", "ffn"), ("query_heads", "ffn")])
-def test_steps_leave_alone_what_is_counted_otherwise_now(structures, scope):
-    dense = fake_llama(4, kv_heads=2, repeat=4, head_dim=16, ffn=64)
-    removal = removed_in_steps(dense, Selection(structures, scope=scope), 0.45, 3)
-    assert abs(share(dense, removal) - 0.45) <= TOLERANCE
-    assert check(dense, removal) == []
 
 
 def test_the_budget_of_a_structure_that_is_done_goes_to_the_others():
@@ -401,15 +335,6 @@ def test_a_structure_that_has_nothing_left_has_done_its_part():
     assert {group.kind for group in chosen} == {"ffn"}
     with pytest.raises(UserError, match="this model has no query_heads to prune"):
         choose_groups(left, Selection(("query_heads",)), numbering)
-
-
-@pytest.mark.parametrize(("ratio", "spread"), [(0.02, 2), (0.03, 2), (0.1, 1), (0.2, 1)])
-def test_coarse_sizes_may_go_beyond_the_spread(ratio, spread):
-    """Of few sizes, none may lie below what a layer is let lose."""
-    dense = fake_llama(30, hidden=64, ffn=512, kv_heads=3, repeat=3, head_dim=8)
-    selection = Selection(("ffn",), scope="global", round_to=128, spread=spread)
-    removal = allocate(dense, fake_scores(dense), selection, Target(ratio=ratio))
-    assert abs(share(dense, removal) - ratio) <= TOLERANCE
 
 
 @pytest.mark.parametrize("heads", [None, 0.3])
@@ -456,8 +381,6 @@ def test_step_targets_are_linear_in_what_is_removed():
     targets = step_targets(1000, Target(ratio=0.2), 2)
     assert (targets[0].params, targets[0].loose, targets[1]) == (900, True, Target(ratio=0.2))
     assert [t.unit_ratio for t in step_targets(1000, Target(unit_ratio=0.5), 2)] == [0.25, 0.5]
-    with pytest.raises(UserError, match="steps=0 prunes nothing"):
-        step_targets(1000, Target(ratio=0.2), 0)
 
 
 def test_loose_target_takes_the_nearest_even_if_that_is_nothing():
@@ -471,7 +394,6 @@ def test_loose_target_takes_the_nearest_even_if_that_is_nothing():
 
 CHECKS = [
     ({"layers.0.fnn": units(1)}, r"layers\.0\.fnn: no such group; did you mean layers\.0\.ffn\?"),
-    ({"layers.0.ffn": units(3, 1)}, "not sorted"),
     ({"layers.0.ffn": units(3, 3, 5)}, "duplicate units 3"),
     ({"layers.0.ffn": units(-1, 96)}, r"out of range \(-1, 96\); it has 0 to 95"),
     ({"layers.0.heads": units(0, 1, 2, 3)}, "removes all 4 units; at least one must stay"),
@@ -512,29 +434,12 @@ def test_companions_of_companions_follow():
     assert check(discovery, done) == []
 
 
-def test_check_lets_sound_removals_pass():
-    discovery = fake_llama(3)
-    sound = {
-        "layers": units(2),
-        "head_dim": units(1),
-        "layers.0.value_dim": units(0, 5),
-        "layers.1.value_dim": units(1, 2),
-        "layers.0.heads": units(1),
-        "layers.0.query_heads": units(0, 5, 7),
-    }
-    assert check(discovery, sound) == []
-
-
 TARGETS = [
-    ({"ratio": 1.2}, r"ratio=1\.2 is outside \(0, 1\)"),
-    ({"unit_ratio": 0.0}, r"unit_ratio=0\.0 is outside \(0, 1\)"),
-    ({"ratio": float("nan")}, "outside"),
+    ({"ratio": 1.2}, r"ratio=1\.2 is no share to remove, in \(0, 1\)"),
+    ({"unit_ratio": 0.0}, r"unit_ratio=0\.0 is no share to remove"),
     ({"ratio": 0.2, "params": 5}, r"exactly one .* got ratio=0\.2, params=5"),
     ({}, "exactly one of unit_ratio, ratio, params, kv_cache; got none"),
-    ({"params": 0}, "params=0 keeps nothing"),
-    ({"params": float("nan")}, "params=nan keeps nothing"),
-    ({"params": "5B"}, "params is of type str; give a number"),
-    ({"ratio": "0.2"}, "ratio is of type str; give a number"),
+    ({"params": 0}, "params=0 is no number to keep"),
 ]
 
 
@@ -548,22 +453,9 @@ SELECTIONS = [
     ({"structures": ("haeds",)}, "unknown structure 'haeds'; did you mean heads.* known are heads"),
     ({"structures": ("value_dim",)}, "choose head_dim, which it follows"),
     ({"structures": ()}, "no structures given"),
-    ({"structures": ("ffn", "ffn")}, "given twice"),
-    (
-        {"structures": ("ffn",), "scope": "all"},
-        "scope='all' is unknown; use local or global",
-    ),
-    ({"structures": ("ffn",), "round_to": 0}, "round_to=0"),
-    ({"structures": ("heads",), "heads_to": 0}, "heads_to=0 is not a multiple"),
-    ({"structures": ("ffn",), "round_to": 8.0}, "round_to is of type float; give a whole number"),
-    ({"structures": ("ffn",), "spread": "2"}, "spread is of type str; give a number"),
-    ({"structures": ("ffn",), "split": "auto"}, "split is of type str; give a share for each"),
-    ({"structures": ("ffn",), "split": {"ffn": "1"}}, "the share of ffn is of type str"),
-    ({"structures": ("ffn",), "layer_ranges": {"ffn": "0-1"}}, "'0-1' names no layers; give the"),
-    ({"structures": ("ffn",), "layer_ranges": {"ffn": (1,)}}, r"\(1,\) names no layers"),
-    ({"structures": ("ffn",), "layer_ranges": {"ffn": (-1, 1)}}, r"\(-1, 1\) names no layers"),
-    ({"structures": ("ffn",), "protect_first": -1}, "cannot be negative"),
-    ({"structures": ("ffn",), "layer_ranges": {"heads": (0, 1)}}, "given for heads, which is not"),
+    ({"structures": ("ffn",), "split": {"ffn": 0.5}}, r"split ffn=0\.5: give each of ffn"),
+    ({"structures": ("ffn", "heads"), "split": {"ffn": 1}}, "give each of ffn, heads"),
+    ({"structures": ("ffn",), "scope": "global", "uniform": True}, "uniform layers need scope"),
 ]
 
 
@@ -584,26 +476,17 @@ def test_what_allocate_takes():
         found = allocate(discovery, same, Selection("ffn"), target)
         assert found.keys() == wanted.keys()
         assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
-    words = {name: ["much"] * len(values) for name, values in scores.items()}
-    for given, message in (
-        ((None, scores, Selection("ffn"), target), "discovery is of type NoneType; give what disc"),
-        ((discovery, None, Selection("ffn"), target), "scores is of type NoneType; give importan"),
-        ((discovery, scores, "ffn", target), "selection is of type str; give one such as lp.Sel"),
-        ((discovery, scores, Selection("ffn"), 0.1), "target is of type float; give one such as"),
-        ((discovery, words, Selection("ffn"), target), "importance of layers.3.ffn is not a numb"),
-    ):
-        with pytest.raises(UserError, match=message):
-            allocate(*given)
 
 
 CHOICES = [
     ({"structures": ("experts",)}, "has no experts to prune; it has heads, query_heads, ffn, hidd"),
     ({"structures": ("hidden",)}, "hidden cannot be pruned in this model: is a constant; leave"),
-    ({"structures": ("ffn",), "protect_first": 3, "protect_last": 1}, "cover all 4 layers"),
-    ({"structures": ("ffn",), "layer_ranges": {"ffn": (1, 4)}}, "past the last layer; .* 0 to 3"),
-    ({"structures": ("ffn",), "layer_ranges": {"ffn": (2, 1)}}, "runs backwards"),
-    ({"structures": ("head_dim",), "layer_ranges": {"head_dim": (0, 1)}}, "spans all layers"),
-    ({"structures": ("ffn",), "layer_ranges": {"ffn": (1, 1)}}, "no ffn in layers 1 to 1 can be"),
+    (
+        {"structures": ("ffn",), "protect_first": 3, "protect_last": 1},
+        "no ffn in layers 3 to 2 of 4 can be pruned; choose other layers, or protect fewer",
+    ),
+    ({"structures": ("ffn",), "layer_ranges": {"ffn": (2, 1)}}, "no ffn in layers 2 to 1"),
+    ({"structures": ("ffn",), "layer_ranges": {"ffn": (1, 1)}}, "no ffn in layers 1 to 1"),
 ]
 
 
@@ -645,7 +528,7 @@ def test_targets_that_cannot_be_reached():
         allocate(discovery, scores, Selection(("layers",)), Target(ratio=0.37))
     with pytest.raises(UserError, match=r"nearest that can: [\d,]+ parameters, [^()]* \(more\)"):
         allocate(discovery, scores, Selection(("layers",)), Target(ratio=0.004))
-    with pytest.raises(UserError, match=r"round_to=50 leaves no smaller size for the 48 units"):
+    with pytest.raises(UserError, match=r"nothing of its 48 units: round_to=50 leaves no"):
         allocate(discovery, scores, Selection(("hidden",), round_to=50), Target(ratio=0.2))
 
 
@@ -662,9 +545,9 @@ def test_importance_must_be_there_and_be_numbers():
     without = {name: values for name, values in scores.items() if name != "layers"}
     with pytest.raises(UserError, match="no importance for layers; use a criterion that scores"):
         allocate(discovery, without, selection, target)
-    with pytest.raises(UserError, match="importance of layers is not a number"):
+    with pytest.raises(UserError, match="importance of layers is not one number for each"):
         allocate(discovery, scores | {"layers": np.array([1, np.nan])}, selection, target)
-    with pytest.raises(UserError, match=r"importance of layers has shape \(3,\)"):
+    with pytest.raises(UserError, match="importance of layers is not one number for each"):
         allocate(discovery, scores | {"layers": np.ones(3)}, selection, target)
 
 
@@ -712,23 +595,6 @@ def test_parse_layer_ranges_refuses(text, message):
         parse_layer_ranges(text)
 
 
-def test_a_share_beyond_what_a_structure_has_is_refused_before_the_estimate():
-    dense = fake_llama(4, kv_heads=2, repeat=4, head_dim=16, ffn=200)
-    scores, target = fake_scores(dense), Target(ratio=0.5)
-
-    def selection(heads: float) -> Selection:
-        return Selection(("heads", "ffn"), scope="global", split={"heads": heads, "ffn": 1 - heads})
-
-    with pytest.raises(UserError, match=r"cannot be reached with 0\.95 of it from heads: pruned"):
-        check_reachable(dense, selection(0.95), target)
-    with pytest.raises(UserError, match="cannot be reached"):
-        allocate(dense, scores, selection(0.95), target)
-    # What a structure with a smaller share cannot give is taken from the largest.
-    for heads in (0.2, 0.45):
-        check_reachable(dense, selection(heads), target)
-        allocate(dense, scores, selection(heads), target)
-
-
 def test_what_a_structure_misses_is_taken_from_the_next():
     dense = fake_llama(4, hidden=64, kv_heads=2, repeat=1, head_dim=8, ffn=40, vocab=8)
     # The FFN of one layer misses a part of its share, which the heads have no room for.
@@ -754,14 +620,6 @@ def test_an_equal_split_takes_the_same_share_of_each_structure():
     assert abs(share(dense, removal) - 0.4) <= TOLERANCE
     local = Selection(("heads", "ffn"))
     assert with_equal_split(dense, local, target) == local
-
-
-def test_a_spread_counts_what_structures_share_once():
-    dense = fake_llama(8, hidden=64, kv_heads=8, repeat=1, head_dim=8, ffn=256, vocab=8)
-    scores, target = fake_scores(dense), Target(ratio=0.6)
-    asked = {"structures": ("layers", "heads", "ffn"), "scope": "global"}
-    removal = allocate(dense, scores, Selection(**asked, spread=1.25), target)
-    assert abs(share(dense, removal) - 0.6) <= TOLERANCE
 
 
 def bound_over_layers(kind: str) -> Discovery:

@@ -20,7 +20,6 @@ from llm_pruner.planning import (
     explain,
     step_targets,
 )
-from llm_pruner.planning.constraints import check
 from llm_pruner.surgery.removal import count_parameters
 from llm_pruner.types import Discovery
 from nets import Gated, Net
@@ -69,13 +68,6 @@ class Heads(Net):
         return self.out(torch.stack([head(x) for head in self.heads]).sum(0))
 
 
-def test_a_list_that_is_none_of_layers_keeps_none() -> None:
-    discovery = discover(Heads())
-    assert {g.path for g in discovery.groups if g.kind == "ffn"} == {"bodies", "heads"}
-    rows = explain(discovery, {"layers": units(1)})
-    assert [row.removed for row in rows if row.layer is not None] == [False, True, False]
-
-
 def test_a_layer_of_one_list_takes_none_of_another() -> None:
     discovery = found(3, 2)
     removal = {"layers": units(1, 2), "layers_2": units(0)}
@@ -94,15 +86,6 @@ def test_a_layer_of_one_list_takes_none_of_another() -> None:
         {"ffn": (8, 8), "ffn_2": (0, 8)},
         {"ffn": (0, 8), "ffn_2": (8, 8)},
         {"ffn": (0, 8)},
-    ]
-
-
-def test_units_of_another_list_may_be_named_beside_a_layer() -> None:
-    discovery = found(3, 2)
-    assert check(discovery, {"layers": units(1), "layers.1.ffn_2": units(0)}) == []
-    problems = check(discovery, {"layers": units(1), "layers.1.ffn": units(0)})
-    assert problems == [
-        "layers.1.ffn: layer 1 is removed whole, so its units cannot be named again"
     ]
 
 

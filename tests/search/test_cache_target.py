@@ -8,10 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
-from transformers import DynamicCache, Lfm2Config, Lfm2ForCausalLM
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import Lfm2Config, Lfm2ForCausalLM
 
 from command import done, run, save_tiny, write_text
 from fake_discovery import fake_llama
@@ -23,7 +20,6 @@ from llm_pruner.models.load import load_model
 from llm_pruner.planning import Cost, Numbering
 from llm_pruner.search.cache_cost import cache_cost
 from llm_pruner.types import Removal
-from nets import attend
 
 
 def cache_of(model: Any) -> int:
@@ -150,40 +146,3 @@ def test_heads_that_keep_no_cache_stay(scope: Any) -> None:
     removal = allocate(dense, scores, selection, Target(kv_cache=0.5), cost=cost)
     assert {*removal} <= {*names[2:]}
     assert left(removal) == 40
-
-
-class TwoAttentions(nn.Module):
-    """A model with one block, whose two attentions have as many heads as one attribute says."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.heads = nn.Embedding(20, 12), 4
-        self.qkv = nn.ModuleList(nn.Linear(12, 3 * 4 * 4) for _ in range(2))
-        self.out = nn.ModuleList(nn.Linear(4 * 4, 12) for _ in range(2))
-        self.head = nn.Linear(12, 20)
-
-    def forward(self, input_ids: Any, past_key_values: Any = None, use_cache: Any = None) -> Any:
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        x = self.embed(input_ids)
-        for place in range(2):
-            parts = self.qkv[place](x).split(4 * self.heads, dim=-1)
-            q, k, v = (one.view(*one.shape[:2], self.heads, 4).transpose(1, 2) for one in parts)
-            if past_key_values is not None:
-                k, v = past_key_values.update(k, v, place)
-            x = x + self.out[place](attend(q, k, v).transpose(1, 2).flatten(2))
-        return CausalLMOutputWithPast(logits=self.head(x), past_key_values=past_key_values)
-
-
-@pytest.mark.parametrize("scope", ["local", "global"])
-def test_heads_that_go_together_are_counted_once(scope: Any) -> None:
-    torch.manual_seed(0)
-    model = TwoAttentions().eval()
-    discovery = discover(model)
-    assert [group.kind for group in discovery.groups if group.companions].count("heads") == 2
-    selection = Selection(("heads",), scope=scope)
-    cost = cache_cost(model, discovery, selection, Numbering.dense(discovery))
-    scores = {group.name: np.arange(group.size) / 1 for group in discovery.groups}
-    removal = allocate(discovery, scores, selection, Target(kv_cache=0.5), cost=cost)
-    prune_(model, discovery, removal, verify=False)
-    assert cache_of(model) == cost.dense // 2

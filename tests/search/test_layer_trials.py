@@ -161,23 +161,6 @@ def test_the_scores_decide_if_their_model_is_nearer() -> None:
     }
 
 
-def test_experts_in_one_tensor_are_left_to_the_scores() -> None:
-    model, discovery = fresh("mixtral")
-    scores = random_scores(discovery)
-    numbering = Numbering.dense(discovery)
-    selection = Selection(("heads", "ffn"), scope="global")
-    damage = measure_layers(model, discovery, scores, selection, numbering, tokens())
-    kinds = {group.name: group.kind for group in discovery.groups}
-    assert {kinds[name] for name in damage} == {"heads"}
-    assert by_damage(discovery, scores, selection, numbering, damage) is scores
-    # Where each structure has its share, those that were measured go by that.
-    split = Selection(("heads", "ffn"), scope="global", split={"heads": 0.5, "ffn": 0.5})
-    priced = by_damage(discovery, scores, split, numbering, damage)
-    assert priced is not scores
-    name = next(name for name, kind in kinds.items() if kind == "ffn")
-    assert np.argsort(priced[name]).tolist() == np.argsort(scores[name]).tolist()
-
-
 def test_what_is_known_is_not_tried_again_and_too_many_groups_are_not_tried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -209,18 +192,6 @@ def test_trials_begin_at_their_layer() -> None:
         )
     measure_layers(model, *asked, tokens())
     assert ran[0] < ran[1] < ran[2]
-
-
-def test_damage_that_is_no_number_leaves_it_to_the_scores() -> None:
-    model, discovery = fresh("llama")
-
-    with torch.no_grad():
-        model.get_parameter("lm_head.weight")[0, 0] = torch.inf
-    scores, numbering = random_scores(discovery), Numbering.dense(discovery)
-    asked = discovery, scores, Selection(("ffn",), scope="global"), numbering
-    damage = measure_layers(model, *asked, tokens())
-    assert damage == {}
-    assert by_damage(*asked, damage) is scores
 
 
 def test_units_of_infinite_importance_stay_what_they_are() -> None:

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import copy
-import json
-from dataclasses import asdict
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from families import discovered, make
+from families import discovered
 from helpers import tiny_model
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import InfeasibleError, UserError
 from llm_pruner.importance import Criterion, score
-from llm_pruner.models.layers import apply_layers, layer_numbers
+from llm_pruner.models.layers import layer_numbers
 from llm_pruner.models.modeling_pruned import set_own_
 from llm_pruner.surgery.cut import cut_, plan_edits
 from llm_pruner.surgery.removal import count_parameters, kept_shapes
 from llm_pruner.surgery.twin import pruned_logits
 from llm_pruner.types import Edits
-from nets import NanoGPT
 from removals import pick
 
 
@@ -166,21 +162,6 @@ def test_sizes_that_modules_state() -> None:
             assert all(type(size) is int for size in module.normalized_shape)
 
 
-def test_every_attribute_is_a_plain_integer() -> None:
-    model, discovery = fresh("phi3")
-    edits = cut_(model, discovery, pick(discovery))
-    for values in edits.attributes.values():
-        assert all(type(value) is int for value in values.values())
-    # Edits are written to a file.
-    written = json.dumps(
-        {
-            **asdict(edits),
-            "buffers": {name: list(dims.values()) for name, dims in edits.buffers.items()},
-        }
-    )
-    assert "num_key_value_groups" in written
-
-
 def test_shapes_are_those_foretold() -> None:
     for name in ("llama", "gpt2", "deepseek_v3"):
         dense, discovery = discovered(name)
@@ -214,42 +195,6 @@ def test_removed_layers_renumber_the_rest() -> None:
     assert dense.config.num_hidden_layers == 3
 
 
-def test_settings_of_another_model_stay() -> None:
-    model, discovery = fresh("llama")
-    other = type(model)(model.config)
-    cut_(model, discovery, {"layers": np.array([0])})
-    assert (other.config.num_hidden_layers, model.config.num_hidden_layers) == (3, 2)
-    assert model.model.config is model.config is model.model.layers[0].self_attn.config
-
-
-def test_settings_within_settings_stay_shared() -> None:
-    text = SimpleNamespace(num_hidden_layers=2)
-    model, inner = nn.Module(), nn.Module()
-    model.config, model.inner = SimpleNamespace(text_config=text), inner
-    inner.config, inner.layers = text, nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
-    apply_layers(model, {"inner.layers": (1,)})
-    assert model.config.text_config is inner.config
-    assert (text.num_hidden_layers, inner.config.num_hidden_layers) == (2, 1)
-
-
-def test_lists_of_token_ids_are_no_lists_of_layers() -> None:
-    model = make("llama", eos_token_id=[2, 3, 4])
-    discovery = discover(model)
-    cut_(model, discovery, {"layers": np.array([1])})
-    assert model.config.eos_token_id == [2, 3, 4]
-
-
-def test_number_that_one_layer_has_by_chance() -> None:
-    model = NanoGPT()
-    for place, block in enumerate(model.h):
-        block.number = place
-    model.h[1].groups = 1
-    discovery = discover(model)
-    cut_(model, discovery, {"layers": np.array([0])})
-    assert [block.number for block in model.h] == [0, 1]
-    assert model.h[0].groups == 1
-
-
 def test_settings_of_one_module_are_its_own() -> None:
     class Settings:
         def __init__(self) -> None:
@@ -265,11 +210,6 @@ def test_settings_of_one_module_are_its_own() -> None:
     set_own_(model[0], "width", 7)
     assert (model[0].config.heads, model[1].config.heads, shared.heads) == (4, 6, 6)
     assert (model[0].sizes, model[1].sizes, model[0].width) == ((1, 9, 3), (1, 2, 3), 7)
-
-
-def test_layers_of_something_else() -> None:
-    with pytest.raises(TypeError, match="0 is no module list"):
-        apply_layers(nn.Sequential(nn.Identity()), {"0": (0,)})
 
 
 @pytest.mark.parametrize(

@@ -287,39 +287,6 @@ class Mixture(nn.Module):
         return (outer * weights[..., None]).sum(2)
 
 
-class Repeated(nn.Module):
-    """All tokens run through all experts; what is not chosen is multiplied by zero (Llama 4)."""
-
-    def __init__(self, *, literal: bool = False) -> None:
-        super().__init__()
-        self.literal = literal
-        self.router = nn.Linear(HIDDEN, EXPERTS)
-        self.up = nn.Parameter(torch.zeros(EXPERTS, HIDDEN, 8))
-        self.down = nn.Parameter(torch.zeros(EXPERTS, 8, HIDDEN))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, sequence, hidden = x.shape
-        tokens = x.reshape(-1, hidden)
-        logits = self.router(tokens)
-        values, chosen = logits.topk(CHOSEN, dim=1)
-        scores = torch.full_like(logits, -torch.inf).scatter_(1, chosen, values).sigmoid()
-        experts = EXPERTS if self.literal else scores.shape[1]
-        routed = tokens.repeat(experts, 1) * scores.transpose(0, 1).reshape(-1, 1)
-        inner = torch.bmm(routed.view(self.up.shape[0], -1, hidden), self.up).relu()
-        outer = torch.bmm(inner, self.down).view(-1, hidden)
-        return outer.reshape(scores.shape[1], -1, hidden).sum(0).view(batch, sequence, hidden)
-
-
-def test_tokens_repeated_for_each_expert() -> None:
-    net = Net(Repeated())
-    discovery = discover(net)
-    (group,) = experts(discovery).values()
-    assert (group.size, group.least) == (EXPERTS, CHOSEN)
-    removal = {group.name: np.array([0, 2, 4])}
-    assert cut_as_twin_(net, discovery, removal) > 1e-3
-    assert "is written in the code (repeat)" in str(why(discover(Net(Repeated(literal=True)))))
-
-
 def of_router(discovery: Discovery) -> list[Any]:
     """Return the groups that can shrink and hold rows of the router."""
     row = ("bodies.0.router.weight", 0)
@@ -407,8 +374,3 @@ def test_counts_of_choices() -> None:
     cut_(net, discovery, removal)
     assert net.bodies[0].experts == 3
     assert largest_difference(expected, pruned_logits(net, discovery)) <= 1e-5
-
-
-def test_counts_in_bins_that_the_code_states() -> None:
-    stated = why(discover(Net(Counted(literal=True))))
-    assert stated == "its size 5 is written in the code (histc)"

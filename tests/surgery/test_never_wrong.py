@@ -320,26 +320,6 @@ def test_bare_table_outputs_in_a_dict_and_an_empty_place() -> None:
         assert is_right(net, discovery, kind)
 
 
-@pytest.mark.parametrize("length", ["one", "odd"])
-def test_code_for_a_length_that_is_no_multiple(length: str) -> None:
-    class Apart(Block):
-        def between(self, y: torch.Tensor) -> torch.Tensor:
-            apart = y.shape[1] == 1 if length == "one" else y.shape[1] % 4
-            return F.gelu(y) * (FFN / y.shape[-1]) if apart else F.gelu(y)
-
-    discovery = discover(Net(Apart))
-    assert "its size is used as a number" in why(discovery, "layers.0.a.weight")
-
-
-def test_code_that_torch_func_transforms() -> None:
-    class Mapped(Block):
-        def between(self, y: torch.Tensor) -> torch.Tensor:
-            return torch.vmap(lambda one: F.gelu(one) * (FFN / one.shape[-1]))(y)
-
-    discovery = discover(Net(Mapped))
-    assert "under torch.vmap" in why(discovery, "layers.0.a.weight")
-
-
 def test_code_for_long_input_alone() -> None:
     class Long(Block):
         def between(self, y: torch.Tensor) -> torch.Tensor:
@@ -482,17 +462,6 @@ def test_blocks_of_a_sequence_are_layers_and_those_of_a_network_in_one_are_not()
     assert is_right(net, discovery, "layers")
 
 
-def test_a_number_of_layers_that_nothing_follows_is_no_crash() -> None:
-    class Fixed(Net):
-        def run(self, x: torch.Tensor) -> torch.Tensor:
-            for place in range(4):
-                x = self.layers[place](x, x.new_full((1, 1), place + 1.0))
-            return x
-
-    (layers,) = (g for g in discover(Fixed(Scaled)).groups if g.kind == "layers")
-    assert "does not run without some of them (index 2 is out of range)" in str(layers.frozen)
-
-
 # ------------------------------------------------------------------------- a size used as a number
 
 TABLE = [0.1 * i for i in range(2 * FFN)]
@@ -616,13 +585,6 @@ def test_size_as_a_number_freezes_the_axis_and_names_the_line(way: str, source: 
     assert "(test_never_wrong.py:" in reason or "layers.0.a.out_features in its own" in reason
 
 
-@pytest.mark.parametrize("way", OF_A_TENSOR)
-def test_size_of_a_tensor_as_a_number(way: str) -> None:
-    discovery = discover(Net(lambda: Used(OF_A_TENSOR[way], "tensor"), layers=1))
-    assert not any(g.kind == "ffn" and g.frozen is None for g in discovery.groups)
-    assert "in the code (test_never_wrong.py:" in why(discovery, "layers.0.a.weight")
-
-
 SIZES: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
     "halves by >>": lambda y, n: torch.cat([y[..., : n >> 1], y[..., n >> 1 :]], -1),
     "doubled and halved": lambda y, n: y.view(*y.shape[:2], (n << 1) // 2),
@@ -649,16 +611,6 @@ def test_size_as_a_size_stays_prunable(way: str) -> None:
         is_right(net, discover(net), "ffn")
     else:
         assert is_right(net, discover(net), "ffn")
-
-
-def test_embedding_dim_as_a_scale() -> None:
-    class Gemma(Net):
-        def run(self, x: torch.Tensor) -> torch.Tensor:
-            return super().run(x * self.embed.embedding_dim**0.5)
-
-    discovery = discover(Gemma())
-    assert not any(g.kind == "hidden" and g.frozen is None for g in discovery.groups)
-    assert "embedding_dim is used as a number" in why(discovery, "embed.weight", 1)
 
 
 def test_nothing_of_a_trace_is_left() -> None:

@@ -14,21 +14,19 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import RwkvConfig, RwkvForCausalLM
 
 from families import discovered
 from helpers import tiny_model
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import VerificationError
 from llm_pruner.models.layers import sharing_copy
-from llm_pruner.models.load import load
-from llm_pruner.models.streaming import in_turns, is_model_streamed, stream_
+from llm_pruner.models.streaming import is_model_streamed, stream_
 from llm_pruner.runtime.precision import exact_products
 from llm_pruner.runtime.progress import Clock
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.surgery import cut as surgery
 from llm_pruner.surgery import pruner, verify
-from llm_pruner.surgery.cut import cut_, cut_copy
+from llm_pruner.surgery.cut import cut_
 from llm_pruner.surgery.twin import joined, pruned_logits, run_twin, twin_logits
 from llm_pruner.surgery.verify import (
     cut_verified_,
@@ -40,7 +38,7 @@ from llm_pruner.surgery.verify import (
 )
 from llm_pruner.types import Discovery, IntArray, Removal
 from nets import Body, Net
-from removals import bound_to, pick
+from removals import pick
 
 
 def sabotaged(discovery: Discovery, name: str, order: Any = slice(None, None, -1)) -> Discovery:
@@ -84,17 +82,16 @@ def test_wrong_surgery_is_refused_and_named(name: str) -> None:
     with pytest.raises(VerificationError) as caught:
         check(model, removal, wrong)
     message = str(caught.value)
-    assert f"at fault: {name}; nothing was saved" in message
+    assert f"at fault: {discovery.group(name).kind}; nothing was saved" in message
     assert "--structures" in message
 
 
 def test_bound_groups_are_named_together() -> None:
     model, discovery = discovered("gpt2")
     removal = pick(discovery, ("head_dim", "ffn"))
-    name = "layers.1.value_dim"
-    wrong = sabotaged(discovery, name)
+    wrong = sabotaged(discovery, "layers.1.value_dim")
     culprits = find_culprits(model, wrong, removal, discovery.graph.scenes[0])
-    assert sorted(culprits) == sorted(bound_to(discovery, discovery.group(name)))
+    assert culprits == ["head_dim", "value_dim"]
 
 
 def test_query_heads_are_tried_with_the_heads_that_share_them() -> None:
@@ -107,13 +104,11 @@ def test_query_heads_are_tried_with_the_heads_that_share_them() -> None:
         _, first = np.unique(query.blocks, return_index=True)
         removal |= {query.name: first[1:], f"layers.{layer}.heads": np.array([0])}
         removal[f"layers.{layer}.ffn"] = np.array([0, 3])
-    with pytest.raises(VerificationError, match=r"at fault: layers\.1\.ffn; nothing"):
-        check(model, removal, sabotaged(discovery, "layers.1.ffn"))
     shared = discovery.group("layers.0.query_heads").size // discovery.group("layers.0.heads").size
     another = np.arange(discovery.group("layers.0.query_heads").size).reshape(-1, shared)[:, ::-1]
     wrong = sabotaged(discovery, "layers.0.query_heads", another.ravel())
     culprits = find_culprits(model, wrong, removal, discovery.graph.scenes[0])
-    assert sorted(culprits) == ["layers.0.heads", "layers.0.query_heads"]
+    assert culprits == ["heads", "query_heads"]
 
 
 def test_values_that_are_not_finite_never_pass() -> None:
@@ -160,14 +155,6 @@ def test_twin_leaves_the_model_as_it_was_after_an_error() -> None:
         assert torch.equal(value, before[key]), key
 
 
-def test_twin_without_removal_is_the_model() -> None:
-    model, discovery = discovered("llama")
-    assert (
-        largest_difference(twin_logits(model, discovery, {}), pruned_logits(model, discovery))
-        < 1e-5
-    )
-
-
 def test_given_tokens_are_used() -> None:
     model, discovery = discovered("llama")
     removal = pick(discovery, ("ffn",))
@@ -203,16 +190,6 @@ def test_what_is_wrong_in_half_precision(monkeypatch: pytest.MonkeyPatch, room: 
     net = Net(Body(lambda x: x * (1 + 0.01 * unseen_factor(torch.ones_like(x))))).to(torch.bfloat16)
     with pytest.raises(VerificationError, match="at fault"):
         check(net, {"layers.0.other": np.array([0, 1])}, discover(net))
-
-
-def test_a_streamed_model_that_no_gpu_can_widen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> Any:
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(verify, "is_model_streamed", lambda _: True)
-    monkeypatch.setattr(verify, "computed_in", full)
-    model, discovery = discovered("llama")
-    assert verify._verified_in_float32(model, discovery, {}) is None
 
 
 def test_code_that_runs_in_bfloat16_alone() -> None:
@@ -337,37 +314,8 @@ def test_use_of_a_size_that_the_trace_cannot_see() -> None:
     net = Net(Body(unseen_factor))
     discovery = discover(net)
     removal = {"layers.0.other": np.array([0, 1])}
-    with pytest.raises(VerificationError, match=r"at fault: layers\.0\.other; nothing was saved"):
+    with pytest.raises(VerificationError, match=r"at fault: other; nothing was saved"):
         check(net, removal, discovery)
-
-
-class Tied(nn.Module):
-    """Its head is a function that reads the embedding of the model that made it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(16, 8)
-        self.up = nn.Linear(8, 12)
-        self.down = nn.Linear(12, 8)
-        self.head = lambda hidden: hidden @ self.embedding.weight.T
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        hidden = self.embedding(tokens)
-        logits: torch.Tensor = self.head(hidden + self.down(self.up(hidden).relu()))
-        return logits
-
-
-def test_functions_that_a_model_holds_are_copied_with_it() -> None:
-    torch.manual_seed(0)
-    net = Tied()
-    discovery = discover(net)
-    (hidden,) = (group for group in discovery.groups if group.kind == "hidden")
-    removal = {hidden.name: np.array([0, 3])}
-    tokens = torch.arange(16)[None]
-    found = cut_copy(net, discovery, removal)(tokens)
-    cut_verified_(net, discovery, removal)
-    assert net.embedding.weight.shape == (16, 6)
-    assert torch.equal(found, net(tokens))
 
 
 class Windowed(nn.Module):
@@ -445,7 +393,7 @@ def test_rounding_is_told_from_a_mistake(monkeypatch: pytest.MonkeyPatch, kind: 
         stream_(model, torch.float32)
         discovery = discover(model)
     if kind == "large":
-        monkeypatch.setattr(verify, "_SMALL", 0)
+        monkeypatch.setattr(verify, "free_bytes", lambda _: 0)
     removal = pick(discovery, ("ffn",))
     name = next(iter(removal))
     monkeypatch.setattr(verify, "tolerance", lambda *_: 1e-30)
@@ -462,21 +410,6 @@ def test_rounding_is_told_from_a_mistake(monkeypatch: pytest.MonkeyPatch, kind: 
     for one in (model, smaller):
         assert is_model_streamed(one) is by_block
         assert {tensor.dtype for tensor in one.parameters()} == {torch.float32}
-
-
-@pytest.mark.parametrize("kind", ["ffn", "hidden"])
-def test_a_head_that_loses_nothing_is_not_widened_to_float64(kind: str) -> None:
-    model, discovery = discovered("llama")
-    fine: Any = in_turns(model, torch.float64)
-    verify._leave_heads_(fine, discovery, pick(discovery, (kind,)))
-    expected = torch.float32 if kind == "ffn" else torch.float64
-    assert fine.lm_head.weight.dtype == expected
-    ids = torch.arange(6)[None]
-    with torch.no_grad():
-        found, wide = fine(ids).logits, model.double()(ids).logits
-        model.float()
-    assert found.dtype == expected
-    assert torch.allclose(found.double(), wide, atol=1e-5)
 
 
 def test_products_are_exact_where_models_are_compared() -> None:
@@ -513,22 +446,3 @@ def test_a_saved_folder_is_compared_in_the_scenes_of_the_last_cut(
     surgeon.reload_check(first, ModelSettings(model="dense"), 0)(tmp_path)
     assert asked[2] is second
     assert asked[3] is surgeon.verified
-
-
-@pytest.mark.parametrize("loads", [False, True])
-def test_weights_that_the_code_scales_in_place_are_saved_as_they_came(
-    tmp_path: Path, loads: bool
-) -> None:
-    sizes = {"hidden_size": 16, "attention_hidden_size": 16, "intermediate_size": 32}
-    config = RwkvConfig(vocab_size=40, num_hidden_layers=7, context_length=64, **sizes)
-    model: Any = RwkvForCausalLM(config).eval()
-    if loads:
-        model.save_pretrained(tmp_path)
-        model = load(ModelSettings(model=str(tmp_path)), tokenizer_required=False).model
-    weight = model.rwkv.blocks[6].attention.output.weight
-    before = weight.clone()
-    discovery = discover(model)
-    prune_(model, discovery, pick(discovery, ("ffn",)))
-    model.train()(torch.arange(8)[None])
-    model.eval()(torch.arange(8)[None])
-    assert torch.equal(model.rwkv.blocks[6].attention.output.weight, before)

@@ -79,12 +79,7 @@ def show(done: Pruned) -> None:
         out.print(f"kept across layers: {', '.join(across)}")
     out.model(done.model, done.parameters_before, done.parameters_after)
     if done.round_to is not None and done.round_to > 1:
-        speeds = {} if done.rounding is None else done.rounding.throughput
-        each = ", ".join(f"{multiple} {100 * of:.0f}%" for multiple, of in speeds.items())
-        why = f" (speed of each here: {each})" if each else ""
-        out.print(f"channels kept in multiples of {done.round_to}{why}")
-    elif done.rounding is not None:
-        out.print("channels are not rounded: no multiple is fine enough for this model")
+        out.print(f"channels kept in multiples of {done.round_to}")
     if done.trials:
         taken = next((trial.split for trial in done.trials if trial.taken), {})
         split = ", ".join(f"{name} {100 * share:g}%" for name, share in sorted(taken.items()))

@@ -129,9 +129,7 @@ def prepare(settings: EvaluateSettings) -> Prepared:
         said = health.own_prompts()
         if settings.health_prompts is not None:
             read = partial(load_documents, str(settings.health_prompts))
-            documents = with_field(
-                lambda name: read(text_field=name), settings.text_field, settings.perplexity
-            )
+            documents = with_field(lambda name: read(text_field=name), settings.text_field)
             lines = (line.removesuffix("\n") for line in documents.records)
             name, said = documents.name, tuple(filter(str.strip, lines))
         prompts = health.health_prompts(said, limit)

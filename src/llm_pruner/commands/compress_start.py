@@ -52,7 +52,7 @@ def check_settings(settings: CompressSettings, work: Path) -> None:
         prepare_tasks(settings)
     check(settings.loading())
     # With fewer tokens the same text gives more of them.
-    check_calibration(pruning, None if settings.vocab_text else settings.loading())
+    check_calibration(pruning)
 
 
 def about(settings: CompressSettings) -> dict[str, Any]:

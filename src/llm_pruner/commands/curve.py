@@ -101,7 +101,7 @@ def check_settings(settings: CurveSettings) -> None:
     run = PruneRun(settings.pruning(settings.ratios[0]))
     run.check()
     if settings.text is None or run.reads_text or run.repairs:
-        check_calibration(settings, settings.loading(), filter(None, [settings.text]))
+        check_calibration(settings)
     if settings.text is not None:
         _given_text(settings)
     check(settings.loading())
@@ -139,7 +139,7 @@ class CurveRun:
     Attributes:
         scores, damage, known: of the dense model: importance, damage by each group alone, hidden
             states on the calibration text; empty until the first point is made.
-        round_to, repairs: as the first point has them, for all points; None until then.
+        repairs: as the first point has it, for all points; None until then.
         clock: seconds of what all points share, but for the estimate.
     """
 
@@ -156,7 +156,6 @@ class CurveRun:
         self.clock.stop("load")
         self.discovery = discovery or discover(self.loaded.model)
         self.clock.stop("discover")
-        self.round_to: int | None = None
         self.repairs: bool | None = None
         self.text: Calibration | None = None
         self.scores: Scores = {}
@@ -196,8 +195,6 @@ class CurveRun:
 
     def _run(self, ratio: float) -> PruneRun:
         settings = self.settings.pruning(ratio)
-        if self.round_to is not None:
-            settings = settings.but(round_to=self.round_to)
         if self.repairs is False:
             settings = settings.but(repair_minutes=0.0)
         run = PruneRun(
@@ -211,9 +208,6 @@ class CurveRun:
         run.check()
         run.load()
         self.repairs = run.repairs
-        if settings.round_to == "auto":  # it is timed, and holds for all points
-            run.reach()
-            self.round_to = run.selection.round_to
         return run
 
     def _read_text(self) -> None:
@@ -262,7 +256,6 @@ def _given_text(settings: CurveSettings) -> EvaluationText:
     return with_field(
         lambda field: load_evaluation_text(source, PerplexitySettings(text_field=field)),
         settings.text_field,
-        shares_of(settings.calibration),
     )
 
 

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from llm_pruner.commands.abilities import Late, Prepared, abilities, prepare, stored
 from llm_pruner.data.files import read_task
-from llm_pruner.data.text import EvaluationText, check_named, load_evaluation_text, read_each
+from llm_pruner.data.text import EvaluationText, load_evaluation_text, read_each
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.evaluation import result_cache, zero_shot
 from llm_pruner.evaluation.footprint import model_size
@@ -289,7 +289,6 @@ def read_texts(sources: Sequence[str], settings: PerplexitySettings) -> list[Eva
     def read(source: str, text_field: str | None) -> EvaluationText:
         return load_evaluation_text(source, settings.but(text_field=text_field))
 
-    check_named(sources, split=settings.split, text_field=None)
     texts = [*read_each(read, sources, settings.text_field).values()]
     names = [text[:2] for text in texts]
     if twice := [name for name in names if names.count(name) > 1]:

@@ -190,7 +190,7 @@ class _Forecaster:
             return 1 - (count_parameters(run.discovery, removal) / self.total)
         assert run.target is not None
         run.narrow()
-        if self.settings.kv_cache is None and self.settings.round_to != "auto":
+        if self.settings.kv_cache is None:
             run.reach()
         share = 1 - start.share_kept(run.target, self.total)
         by_units = self.settings.unit_ratio is not None or self.settings.kv_cache is not None

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Set
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -50,7 +49,6 @@ from llm_pruner.runtime.processes import (
 )
 from llm_pruner.runtime.progress import Clock
 from llm_pruner.search.cache_cost import cache_cost
-from llm_pruner.search.fast_widths import Rounding, measured_rounding
 from llm_pruner.search.layer_trials import Damage, allocate_by_damage, measure_layers
 from llm_pruner.search.structure_split import find_split, hold_out
 from llm_pruner.settings.prune import PruneSettings
@@ -104,9 +102,7 @@ class PruneRun:
         self.scores: dict[str, FloatArray] = dict(scores or {})
         self.damage = damage or {}
         self.trials: list[SplitTrial] = []
-        self.rounding: Rounding | None = None
         self.training: Training | None = None
-        self.tokenizer: Any = None
         self.saves = False  # set by `carry_out`
         self.by_block = True  # whether weights that fit into memory may be streamed
         self.processes, self.device = ALONE, settings.device
@@ -198,7 +194,7 @@ class PruneRun:
         if self.target is not None and not settings.dry_run:
             start.check_space(settings.out, settings.loading(), self.target)
         if self.refits or self.repairs or (self.plan is None and self.reads_text):
-            self.tokenizer = check_calibration(settings, settings.loading().but(device=self.device))
+            check_calibration(settings)
 
     # ------------------------------------------------------------------------------ what is found
 
@@ -216,7 +212,6 @@ class PruneRun:
             weights=not self.weightless,
             memory=self.room,
             resident=self.resident,
-            tokenizer=self.tokenizer,
         )
         self.network = self.loaded.model
         if not settings.dry_run:
@@ -313,14 +308,7 @@ class PruneRun:
             self.selection = replace(self.selection, protect_first=first)
         if settings.protect_last == "auto" and not settings.uniform:
             self.selection = replace(self.selection, protect_last=last)
-        if settings.round_to == "auto":
-            if self.rounding is None:
-                self.rounding = measured_rounding(
-                    self.network, self.discovery, self.selection, self.saved
-                )
-                self.clock.stop("round")
-            self.selection = replace(self.selection, round_to=self.rounding.multiple)
-        elif isinstance(settings.round_to, str):
+        if isinstance(settings.round_to, str):
             self.selection = rounded_for(settings.round_to, self.discovery, self.selection)
         self.narrow()
 

@@ -44,7 +44,6 @@ def result_of(run: PruneRun) -> Pruned:
         twin_scenes=() if verified is None else verified.scenes,
         twin_skipped=() if verified is None else verified.skipped,
         round_to=round_to if isinstance(round_to, int) else None,
-        rounding=run.rounding,
         refitted=() if run.refitter is None else tuple(run.refitter.done),
         repair=run.training,
         trials=tuple(run.trials),

@@ -20,7 +20,7 @@ from llm_pruner.commands.prune_start import check_space
 from llm_pruner.commands.publish import check_push
 from llm_pruner.data.examples import Examples, load_examples
 from llm_pruner.data.sequences import TrainingSequence, added_tokens
-from llm_pruner.data.text import PRUNED, SELF, EvaluationText, check_named, read_each
+from llm_pruner.data.text import PRUNED, SELF, EvaluationText, read_each
 from llm_pruner.data.training import (
     Samples,
     fingerprint_samples,
@@ -513,7 +513,6 @@ def check_data(settings: RecoverSettings) -> None:
                 f"{option_name(name)} is about what the teacher says, of which --distill-weight 0 "
                 "hears nothing; leave one of them out"
             )
-    check_named(settings.data, split=settings.split, text_field=settings.text_field)
     if PRUNED in settings.data:
         if settings.teacher is None:
             raise UserError(

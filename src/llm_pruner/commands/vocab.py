@@ -15,9 +15,8 @@ from transformers import AutoTokenizer
 from llm_pruner.checkpoints import save_checkpoint
 from llm_pruner.commands.prune_start import check_space
 from llm_pruner.commands.publish import check_push
-from llm_pruner.data.calibration import documents_of
 from llm_pruner.data.sequences import bare_ids, template_ids
-from llm_pruner.data.text import EvaluationText, check_named
+from llm_pruner.data.text import Documents, EvaluationText, load_documents, read_each
 from llm_pruner.data.vocabulary import Ids, Vocabulary, vocabulary_of
 from llm_pruner.errors import UserError, VerificationError
 from llm_pruner.evaluation.perplexity import perplexity
@@ -84,8 +83,6 @@ def vocab(settings: VocabSettings) -> Trimmed:
     check_shard_size(settings.max_shard_size)
     check_push(settings)
     check_space(settings.out, settings.loading())
-    how = {"split": settings.text_split, "text_field": settings.text_field}
-    check_named(settings.text, option="--text-split", **how)
     tokenizer = load_tokenizer(settings.loading())
     read, apart = _texts(settings)
     loaded = load(settings.loading(), tokenizer=tokenizer)
@@ -133,16 +130,15 @@ def _texts(settings: VocabSettings) -> tuple[list[str], str]:
 
     Of a source with few documents it is the end of the last one.
     """
+
+    def documents(source: str, text_field: str | None) -> Documents:
+        how: Any = {"split": settings.text_split, "limit": settings.documents}
+        return load_documents(source, text_field=text_field, **how)
+
     read: list[str] = []
     apart: list[str] = []
-    for source in settings.text:
-        texts: Sequence[str] = documents_of(
-            source,
-            settings.text,
-            split=settings.text_split,
-            text_field=settings.text_field,
-            limit=settings.documents,
-        ).texts
+    for found in read_each(documents, settings.text, settings.text_field).values():
+        texts: Sequence[str] = found.texts
         if len(texts) < 2 * HELD_OUT:
             whole = "\n\n".join(texts)
             cut = len(whole) - len(whole) // HELD_OUT

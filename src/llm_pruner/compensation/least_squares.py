@@ -2,10 +2,8 @@
 
     W' = argmin sum_t |W' x_t - z_t|^2 + ridge * sum_i C_ii |W'_i - W_i|^2,  C = sum_t x_t x_t^T
 
-over tokens t with inputs x and targets z. An infinite ridge leaves W; a ridge towards zero would
-shrink the layer's output, which costs far more than the fit gains. Each input is held by its own
-mean square, since the inputs of one layer differ by orders of magnitude: a ridge that is the same
-for all holds the small ones and lets the large ones follow the noise of the sample.
+over tokens t with inputs x and targets z. An infinite ridge leaves W. Each input is held by its own
+mean square, since the inputs of one layer differ by orders of magnitude.
 
 With D the diagonal of C, S = D^-1/2 C D^-1/2, X the matrix of inputs by token and R = Z - X W^T
 what is left to explain, two forms of the solution are equal, and the smaller system is solved:
@@ -13,10 +11,8 @@ what is left to explain, two forms of the solution are equal, and the smaller sy
     W' = W + (R^T X D^-1/2) (S + ridge I)^-1 D^-1/2               `Sums`, in_features unknowns
     W' = W + R^T (X D^-1 X^T + ridge I)^-1 X D^-1                 `Rows`, as many as tokens
 
-Both systems have a diagonal near one, so float32 is enough, with factors, and in sums over tokens
-products of a part of them, that may be rounded to bfloat16. R is computed for each token and R^T X
-summed, with W as it is: in Z^T X - W X^T X what was rounded in either sum would be left over. What
-is rounded in R, of the size of Z, differs from token to token and adds up to little.
+Both systems have a diagonal near one, so float32 is enough, and some products may be rounded to
+bfloat16. R is computed for each token: the difference Z^T X - W X^T X would leave what was rounded.
 """
 
 from __future__ import annotations
@@ -55,7 +51,7 @@ class Equations(ABC):
     """Weighted tokens that a weight is fitted to."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        """Begin without tokens, in at least float32; ``weight``, (out, in features), is as cut."""
+        """Begin without tokens; ``weight``, (out, in features), is as cut."""
         self.weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> None:
@@ -97,7 +93,6 @@ class Rows(Equations):
         self._targets.append(targets)
 
     def include(self, other: Rows) -> None:
-        """Add the tokens of another one."""
         self._inputs += other._inputs
         self._targets += other._targets
 
@@ -113,11 +108,11 @@ class Rows(Equations):
     def turns(
         self, weight: torch.Tensor, changes: Sequence[torch.Tensor], outputs: torch.Tensor
     ) -> tuple[float, float]:
-        """Return the first and second derivative of `error`, of those of some rows of the weight.
+        """Return the first and second derivative of `error` for some rows of the weight.
 
         Args:
             weight: these rows.
-            changes: their first and second derivative by something.
+            changes: their first and second derivative.
             outputs: their numbers.
         """
         x, targets = self.inputs, self.targets[:, outputs]
@@ -164,7 +159,6 @@ class Sums(Equations):
         add_product_(self.cross, left.T, x)
 
     def include(self, other: Rows) -> None:
-        """Add the tokens of another one."""
         with fast_products():
             self._add(other.inputs, other.targets)
 
@@ -178,12 +172,12 @@ class Sums(Equations):
 
 @dataclass
 class System:
-    """What `ridge` is added to the diagonal of, and what it is solved for.
+    """A linear system, to whose diagonal the ridge is added.
 
     Attributes:
-        right: gives the rows of some output features, shape (outputs, unknowns).
-        back: from a solution to a change of the weight: a matrix (unknowns, in_features) that it is
-            multiplied with, or a factor of each input (in_features,).
+        right: gives the right-hand sides of some output features, shape (outputs, unknowns).
+        back: turns a solution into a change of the weight: a matrix (unknowns, in_features), or a
+            factor of each input (in_features,).
     """
 
     matrix: torch.Tensor
@@ -193,10 +187,8 @@ class System:
     def steps(
         self, ridge: float, outputs: Outputs = slice(None), derivatives: int = 0
     ) -> list[torch.Tensor]:
-        """Return the change of the weight, (outputs, in_features), in a list; none if it has none.
-
-        Args:
-            derivatives: how many of them by the ridge follow.
+        """Return the change of the weight, (outputs, in_features), and so many ``derivatives`` by
+        the ridge; nothing if the system cannot be solved.
         """
         diagonal = self.matrix.diagonal()
         before = diagonal.clone()
@@ -228,13 +220,8 @@ def equations(weight: torch.Tensor, tokens: int) -> Rows | Sums:
 
 @dataclass
 class Choice:
-    """A weight, and what it was chosen by.
-
-    Attributes:
-        ridge: None if the weight is as it was.
-        before, after: errors on held-out tokens, of at most ``OUTPUTS`` output features; of a fit
-            that had not seen these tokens, with the best ridge that was tried, which the one that
-            was chosen may be a short step from.
+    """A weight; its ridge, None if it is as it was; and errors on held-out tokens that the fit had
+    not seen, of at most ``OUTPUTS`` output features.
     """
 
     weight: torch.Tensor
@@ -251,12 +238,11 @@ def best_refit(
 ) -> Choice:
     """Return the weight refitted with the ridge that does best on the held-out tokens.
 
-    It then fits all tokens; ``fit`` has them afterwards. Where no ridge that was tried lowers the
-    held-out error the weight stays. The search is Newton's, in the logarithm of the ridge; a last
-    step that is short is taken without another try.
+    It is fitted to all tokens then. Where no ridge lowers the held-out error the weight stays. The
+    search is Newton's, in the logarithm of the ridge.
 
     Args:
-        ridges: the least and the largest; one that is both is not searched for.
+        ridges: the least and the largest.
         start: the ridge that is tried first, by default the middle one.
     """
     ridge, before, after = _chosen(fit, held_out, ridges, start)
@@ -272,7 +258,7 @@ def best_refit(
 def _chosen(
     fit: Rows | Sums, held_out: Rows, ridges: tuple[float, float], start: float | None
 ) -> tuple[float | None, float, float]:
-    """Return the ridge, None where none lowers the held-out error, and that without it and with."""
+    """Return the ridge, None where none helps, and the held-out errors without it and with it."""
     weight = fit.weight
     count = len(weight)
     some = torch.arange(0, count, -(-count // OUTPUTS), device=weight.device)

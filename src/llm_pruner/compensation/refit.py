@@ -1,30 +1,22 @@
 """Refit the consumers of a pruned model, block after block, to follow the dense model.
 
-For each block of the pruned model, the dense model's block runs on the dense hidden states and the
-pruned one on its own. A consumer (``o_proj``, ``down_proj``) is then fitted by least squares so
-that
+For each block, the dense model's block runs on the dense hidden states and the pruned one on its
+own. A consumer (``o_proj``, ``down_proj``) is then fitted by least squares so that
 
-- the hidden state behind it is the dense one again, where its output is added to the hidden state
-  as it is, or times a number that is the same in the whole block: this also takes back what went
-  wrong before;
+- the hidden state behind it is the dense one, where its output, or a multiple that is the same in
+  the whole block, is added to the hidden state: this also takes back earlier errors;
 - its output is the dense one, where the block does something else with it, such as a norm.
 
 Tokens are weighted by 1 / mean(h^2) of the dense hidden state h, because the norms of later blocks
-see every token at that scale; without it a few tokens of massive activation decide the fit.
+see every token at that scale, and massive activations would decide the fit. The first token of a
+sample, where most models have their attention sink, counts as much as a quarter of all.
 
 Where layers went behind a block, the last consumer in it is fitted to the dense hidden state behind
-these layers: it stands in for them as far as a linear map can (ReplaceMe, arXiv 2505.02819).
+these layers (ReplaceMe, arXiv 2505.02819). Where anything went but heads and FFN channels, every
+consumer that is left is fitted; otherwise those alone that lost inputs.
 
-Where anything went but heads and FFN channels, such as layers, experts or hidden channels, every
-consumer that is left is fitted; otherwise those alone that lost inputs: the others would only learn
-to take back what went wrong before them, and that does not carry over to other text.
-
-The first token of a sample counts as much as a quarter of all: most models have their attention
-sink there, and a fit that is off by a little at this token takes the sink away from all others.
-
-Only two hidden states per token are held at a time, in memory or in files. Where a pass over the
-first samples left those of the dense model, its blocks run on these samples only for what is not
-among them: what a consumer inside of a block is to give.
+Two hidden states per token are held at a time, in memory or in files. Dense hidden states that an
+earlier pass left are not computed again.
 """
 
 from __future__ import annotations
@@ -77,12 +69,10 @@ _MEMORY = 2**26
 
 @dataclass(frozen=True)
 class Refitted:
-    """What became of one consumer.
+    """What became of one consumer, by its name in the pruned model.
 
-    Attributes:
-        module: qualified name in the pruned model.
-        before: squared error over the squared norm of the target, on held-out tokens.
-        after: the same after the refit; never larger.
+    ``before`` and ``after`` are the squared error over that of the target on held-out tokens;
+    ``ridge`` is None where the weight stays.
     """
 
     module: str
@@ -92,7 +82,6 @@ class Refitted:
 
     @property
     def changed(self) -> bool:
-        """Whether it is not as the cut left it."""
         return self.ridge is not None
 
 
@@ -122,7 +111,7 @@ def refit_(
     Raises:
         UserError: too few samples, or a model that is not a chain of blocks.
     """
-    if input_ids.ndim != 2 or len(input_ids) < 2:
+    if len(input_ids) < 2:
         raise UserError(
             f"least squares needs at least 2 calibration samples and got {len(input_ids)}; "
             "give more, or use --compensation none"
@@ -148,10 +137,8 @@ def refit_(
 
 
 def held_out_samples(samples: int, seq_len: int) -> torch.Tensor:
-    """Return which samples choose the ridge, by the error of a fit without them, shape (samples,).
-
-    They are the last ones: packed samples share a document with their neighbours, and a fit that
-    knows half of what it is judged on takes too small a ridge.
+    """Return which samples choose the ridge, shape (samples,): the last ones, since packed samples
+    share documents with their neighbours.
     """
     count = max(1, min(samples // HELD_OUT, HELD_OUT_TOKENS // seq_len))
     return torch.arange(samples, device="cpu") >= samples - count
@@ -159,13 +146,7 @@ def held_out_samples(samples: int, seq_len: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Consumer:
-    """A consumer that is left.
-
-    Attributes:
-        out: output features of the dense module that the pruned one has.
-        fitted: whether least squares fits it: where it lost inputs, and everywhere if other kinds
-            than those in ``KINDS`` went.
-    """
+    """A consumer that is left; ``out``: output features of the dense module that it has still."""
 
     name: str
     module: nn.Module
@@ -211,12 +192,7 @@ class _Reached(Exception):  # noqa: N818 - a signal, not an error
 
 
 class _Rows:
-    """A tensor per token of all samples; of the first ones it may be there already.
-
-    Args:
-        memory: bytes that may stay in memory.
-        known: what the first ones are read from.
-    """
+    """A tensor per token of all samples; those of the first ``count`` may be ``known`` already."""
 
     def __init__(
         self, samples: int, memory: int, known: HiddenStates, block: int = 0, count: int = 0
@@ -226,7 +202,6 @@ class _Rows:
         self._count = count if known.has(block) else 0
 
     def has(self, part: slice) -> bool:
-        """Whether these samples need not be written."""
         return bool(part.stop <= self._count)
 
     def read(self, part: slice) -> torch.Tensor:
@@ -234,11 +209,9 @@ class _Rows:
         return self._known.read(self._block, part) if self.has(part) else self._store.read(0, part)
 
     def write(self, part: slice, values: torch.Tensor) -> None:
-        """Store a range of samples."""
         self._store.write(0, part, values)
 
     def close(self) -> None:
-        """Delete what was written."""
         self._store.close()
 
 
@@ -260,10 +233,7 @@ class _Refit:
         names = {id(module): name for name, module in dense.model.named_modules()}
         self.twins = [i for i, block in enumerate(dense.blocks) if names[id(block)] not in gone]
         if len(self.twins) != len(pruned.blocks):
-            raise UserError(
-                "the blocks of the pruned model are not those of the dense one without the "
-                "removed layers; use --compensation none"
-            )
+            raise UserError("the pruned model has other blocks; use --compensation none")
         samples, length = ids.shape
         size = max(1, _TOKENS // length)
         # The samples from here on choose the ridge.
@@ -300,15 +270,12 @@ class _Refit:
         return self.found
 
     def _rows(self, memory: int = _MEMORY // 4) -> _Rows:
-        """Return room for a tensor per token of all samples."""
         return _Rows(len(self.ids), memory, self.known)
 
     def _dense_rows(self, block: int) -> _Rows:
-        """Return room for the dense hidden states before a block, with those that are known."""
         return _Rows(len(self.ids), _MEMORY // 4, self.known, block, self.count)
 
     def _dense_past(self, at: int, target: _Rows) -> _Rows:
-        """Return the dense hidden states behind a block, of those before it."""
         behind = self._dense_rows(at + 1)
         self._advance(self.dense, at, target, behind)
         target.close()
@@ -388,20 +355,18 @@ class _Refit:
         return chain.run_block(index, self.ids[part], states, carried)[1]
 
     def _next(self, index: int) -> int:
-        """Return the dense block that the next pruned one stands for; behind the last, how many
-        there are."""
+        """Return the number of the dense block that the next pruned one stands for."""
         return [*self.twins, len(self.dense.blocks)][index + 1]
 
     def _dense_outputs(
         self, at: int, target: _Rows
     ) -> tuple[list[_Consumer], dict[int, _Rows], float, _Rows]:
-        """Run a dense block, on some tokens alone if they say all that is not known.
+        """Run a dense block on what is not known.
 
         Returns:
-            Its consumers as they are called; what the fitted ones are to give, by number; by what
-            number their outputs go into the hidden state, which then is what they are to give (0:
-            by none, and that is their output); and the block's output, which is also what the last
-            of them is to give if it is a hidden state.
+            Its consumers in the order of their calls; by number, what the fitted ones are to give;
+            the factor of their outputs in the hidden state, which then is what they are to give (0:
+            none, it is their outputs); and the block's output.
         """
         order: list[_Consumer] = []
         references: dict[int, _Rows] = {}
@@ -496,7 +461,6 @@ def _adds_up(states: torch.Tensor, outputs: Sequence[torch.Tensor], behind: torc
 
 
 def _sees_all(value: torch.Tensor, states: torch.Tensor) -> bool:
-    """Whether a module's output has one row for each token, be they flat or by sample."""
     return value.shape[:-1].numel() == states.shape[:-1].numel()
 
 

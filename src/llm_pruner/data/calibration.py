@@ -3,40 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any, NamedTuple
 
 import torch
 
-from llm_pruner.data.files import BEGINNING, NoFieldError
+from llm_pruner.data.files import BEGINNING
 from llm_pruner.data.selfmade import WRITERS, write_text_cached
 from llm_pruner.data.sequences import added_tokens, bare_ids, room_for_text
 from llm_pruner.data.text import (
-    CHAT,
     SELF,
     Documents,
-    check_named,
     load_documents,
+    read_each,
     running_text,
     shares_of,
 )
-from llm_pruner.data.turns import Turns
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import short_digest
 from llm_pruner.models.forward import check_length
-from llm_pruner.models.load import LoadedModel, load_tokenizer
+from llm_pruner.models.load import LoadedModel
 from llm_pruner.runtime.progress import Clock
-from llm_pruner.settings.common import CalibrationSettings, ModelSettings
+from llm_pruner.settings.common import CalibrationSettings
 
 _LOG = logging.getLogger(__name__)
 
 SHORT_DOCUMENT = 200
 """Documents with fewer characters than this on average are lines of a running text."""
-_WIDEST = 8
-"""Characters of a token, at most, in most texts."""
 MAX_TEXT_CHARACTERS = 4_000_000
 """Of a longer running text only the beginning is tokenised, unless more is needed."""
 
@@ -72,18 +67,12 @@ def build_calibration(
 ) -> Calibration:
     """Return ``samples`` windows of exactly ``seq_len`` tokens.
 
-    Documents are tokenised in an order shuffled by ``seed``, put one behind the other, and the
-    stream is cut into windows; ``seed`` draws among at least four times as many as are needed, from
-    at least twice as many documents (as far as there are so many). Documents are parted by the
-    special tokens that the tokenizer adds (BOS, EOS); if it adds none, by a blank line.
-
-    A running text (a ``.txt`` file, the rows of WikiText or Penn Treebank, documents shorter than
-    ``SHORT_DOCUMENT`` characters on average) stays in its order as one document.
-
-    Where the tokenizer adds BOS, every window starts with it.
-
-    Of several sources each gives its share of the windows, see ``shares_of``, all spread evenly
-    over the order. A source that is too short gives what it has, if that is enough.
+    Documents, in an order shuffled by ``seed``, are parted by the special tokens that the tokenizer
+    adds (BOS, EOS) or else a blank line, and cut into windows, among which ``seed`` draws. A BOS
+    that the tokenizer adds starts every window. A running text (a ``.txt`` file, the rows of
+    WikiText or Penn Treebank, documents shorter than ``SHORT_DOCUMENT`` characters on average)
+    stays in its order as one document. Several sources give their shares, see ``shares_of``, spread
+    evenly over the order.
 
     Args:
         asked: what is read, and how much; see ``load_documents``, and ``WRITERS`` for what
@@ -91,22 +80,41 @@ def build_calibration(
         model: that reads it; needed for ``self`` and ``chat`` alone.
         least: share of its windows that a source must have; by default all if the number is the
             user's, and a quarter if it is a preset's.
-        unseen: so many more windows at most that are not among them, see ``_pack``; these stay the
-            same. The model writes its own apart.
+        unseen: return up to so many other windows of the same sources; they do not change the
+            ``samples`` windows.
 
     Raises:
-        UserError: the source cannot be read, or holds too few tokens; windows are longer than what
+        UserError: a source cannot be read, or holds too few tokens; windows are longer than what
             the model reads.
     """
     check_length(model, asked.seq_len)
-    parts: list[_Part] = []
-    rests = _counts(unseen, [*shares_of(asked.calibration).values()])
-    for one, rest in zip(_wanted(asked, least), rests, strict=True):
-        with one.named(asked):
-            if one.source in WRITERS:
-                parts.append(_self_written(one, asked, model, tokenizer, seed, rest))
-            else:
-                parts.append(_read(one, asked, tokenizer, seed, rest))
+    if least is None:
+        least = 1 if "samples" in asked.given else 1 / 4
+    shares = shares_of(asked.calibration)
+    wanted = {
+        source: _Wanted(source, count, max(bool(least), int(least * count)), rest)
+        for source, count, rest in zip(
+            shares, _counts(asked.samples, shares), _counts(unseen, shares), strict=True
+        )
+    }
+    if not all(one.samples for one in wanted.values()):
+        raise UserError(
+            f"samples={asked.samples} of {len(shares)} sources leave some without any; use more"
+        )
+    # Enough documents even where each is one short sentence.
+    documents = _documents(
+        asked,
+        {
+            source: max(BEGINNING, (one.samples + one.rest) * asked.seq_len // 4)
+            for source, one in wanted.items()
+        },
+    )
+    parts = [
+        _self_written(one, asked, model, tokenizer, seed)
+        if source in WRITERS
+        else _read(documents[source], one, asked.seq_len, tokenizer, seed)
+        for source, one in wanted.items()
+    ]
     input_ids = _spread([one.windows for one in parts])
     settings = {
         "source": asked.calibration,
@@ -130,9 +138,9 @@ def _spread(parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(rows) if rows else torch.empty(0, 0, device="cpu").long()
 
 
-def _counts(samples: int, shares: list[float]) -> list[int]:
+def _counts(samples: int, of: Mapping[str, float]) -> list[int]:
     """Return how many of the samples each source gives; the first ones more if that is not even."""
-    counts: list[int] = []
+    shares, counts = [*of.values()], list[int]()
     for number, share in enumerate(shares):
         left = samples - sum(counts)
         counts.append(ceil(left * share / sum(shares[number:]) - 1e-9))
@@ -140,62 +148,12 @@ def _counts(samples: int, shares: list[float]) -> list[int]:
 
 
 class _Wanted(NamedTuple):
-    """What one source is to give: so many windows, or fewer down to the least."""
+    """What one source is to give: so many windows, at least ``least``, and ``rest`` others."""
 
     source: str
     samples: int
     least: int
-
-    @contextmanager
-    def named(self, asked: CalibrationSettings) -> Iterator[None]:
-        """Have an error name the source, if it is one of several."""
-        try:
-            yield
-        except UserError as error:
-            if asked.samples == self.samples:
-                raise
-            share = f"{asked.samples} samples are {self.samples} of {self.source}"
-            raise UserError(f"{share}: {error}") from error
-
-
-def _wanted(asked: CalibrationSettings, least: float | None = None) -> list[_Wanted]:
-    """Return what each source is to give; arguments and errors as ``build_calibration``."""
-    samples, shares = asked.samples, shares_of(asked.calibration)
-    counts = _counts(samples, [*shares.values()])
-    if not all(counts):
-        raise UserError(
-            f"samples={samples} of {len(shares)} sources leave some without any; use at least "
-            f"{ceil(sum(shares.values()) / min(shares.values()))}"
-        )
-    if least is None:
-        least = 1 if "samples" in asked.given else 1 / 4
-    return [
-        _Wanted(source, count, max(bool(least), int(least * count)))
-        for source, count in zip(shares, counts, strict=True)
-    ]
-
-
-def documents_of(
-    source: str, others: Collection[str], *, text_field: str | None, **how: Any
-) -> Documents:
-    """Read one of several sources, of which one at least has ``text_field``, or UserError."""
-    try:
-        return load_documents(source, text_field=text_field, **how)
-    except NoFieldError:
-        if not any(_has_field(other, text_field, how) for other in {*others} - {source}):
-            raise
-        return load_documents(source, **how)
-
-
-def _has_field(source: str, text_field: str | None, how: dict[str, Any]) -> bool:
-    with suppress(UserError):
-        return not load_documents(source, text_field=text_field, **how).plain
-    return False
-
-
-def _documents(source: str, asked: CalibrationSettings, limit: int) -> Documents:
-    how = {"split": asked.text_split, "limit": limit}
-    return documents_of(source, shares_of(asked.calibration), text_field=asked.text_field, **how)
+    rest: int
 
 
 class _Part(NamedTuple):
@@ -207,25 +165,38 @@ class _Part(NamedTuple):
     split: str | None = None
 
 
-def _read(one: _Wanted, asked: CalibrationSettings, tokenizer: Any, seed: int, rest: int) -> _Part:
-    # Enough documents even where each is one short sentence.
-    enough, more = (
-        max(BEGINNING, count * asked.seq_len // 4) for count in (one.samples, one.samples + rest)
-    )
-    found = _documents(one.source, asked, more)
-    known = len(found.texts) if found.split is None else enough  # a file is read whole
+def _documents(asked: CalibrationSettings, limits: Mapping[str, int]) -> dict[str, Documents]:
+    """Return the documents of the sources that no model writes, so many of a dataset."""
+
+    def read(source: str, text_field: str | None) -> Documents:
+        how: Any = {"split": asked.text_split, "limit": limits[source]}
+        return load_documents(source, text_field=text_field, **how)
+
+    return read_each(read, [one for one in limits if one not in WRITERS], asked.text_field)
+
+
+def check_calibration(asked: CalibrationSettings) -> None:
+    """Raise UserError if a source of the calibration text cannot be read."""
+    _documents(asked, dict.fromkeys(shares_of(asked.calibration), BEGINNING))
+
+
+def _read(found: Documents, one: _Wanted, seq_len: int, tokenizer: Any, seed: int) -> _Part:
+    # The windows are the same whatever ``rest`` is: further documents give the rest alone.
+    known = len(found.texts)  # a file is read whole
+    if found.split is not None:
+        known = max(BEGINNING, one.samples * seq_len // 4)
     documents, further = (
         replace(found, texts=texts) for texts in (found.texts[:known], found.texts[known:])
     )
-    windows, unseen = _pack(documents, further, tokenizer, one, asked.seq_len, seed, rest)
+    windows, unseen = _pack(documents, further, tokenizer, one, seq_len, seed)
     return _Part(windows, unseen, documents.name, documents.split)
 
 
 def _self_written(
-    one: _Wanted, asked: CalibrationSettings, model: Any, tokenizer: Any, seed: int, rest: int
+    one: _Wanted, asked: CalibrationSettings, model: Any, tokenizer: Any, seed: int
 ) -> _Part:
     if model is None:
-        raise UserError(f"source '{one.source}' needs the model that writes the text")
+        raise UserError(f"source {one.source!r} needs the model that writes the text")
     write = WRITERS[one.source]
     size = {"samples": one.samples, "seq_len": asked.seq_len, "seed": seed}
     if asked.kept is None:
@@ -233,8 +204,8 @@ def _self_written(
     else:
         windows = write_text_cached(model, tokenizer, asked.kept, source=one.source, **size)
     unseen = windows[:0]
-    if rest:
-        other = size | {"samples": rest, "seed": (seed + 1) % 2**32}
+    if one.rest:
+        other = size | {"samples": one.rest, "seed": (seed + 1) % 2**32}
         unseen = write(model, tokenizer, **other)
     what = "text" if one.source == SELF else "chats"
     return _Part(windows, unseen, f"{what} sampled from the model")
@@ -287,45 +258,34 @@ def _pack(
     wanted: _Wanted,
     seq_len: int,
     seed: int,
-    rest: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut documents into windows; see ``build_calibration``.
 
-    Args:
-        further: what others than the ``samples`` windows may be of as well.
-
     Returns:
-        Windows, int64 of shape (samples, seq_len), the same whatever ``rest`` is, and at most
-        ``rest`` others: those that stand furthest from a window that was drawn, since neighbours
-        may share a document. Where the documents have fewer than ``samples``, it is these, if they
-        are ``least``.
+        Windows, int64 of shape (samples, seq_len), and at most ``rest`` others, also of
+        ``further`` documents: those that stand furthest from a window that was drawn, since
+        neighbours may share a document.
     """
-    samples = wanted.samples
+    samples, rest = wanted.samples, wanted.rest
     prefix, suffix = added_tokens(tokenizer)
     fresh = room_for_text(seq_len, prefix)
     generator = torch.Generator().manual_seed(seed)
-    needed = samples * fresh
     parting = "" if prefix or suffix else "\n\n"
-    texts = _texts(documents, parting, needed)
+    texts = _texts(documents, parting, samples * fresh)
     order = torch.randperm(len(texts), generator=generator, device="cpu").tolist()
     unread = [texts[position] for position in reversed(order)]
     stream = _Stream(tokenizer, fresh)
     starts, end = stream.read_on_(unread, 2 * samples, 4 * samples * seq_len)
     if len(starts) < wanted.least:
         tokens = len(starts) * fresh + len(stream.tokens) - end
-        fit = tokens // fresh
-        most = tokens + len(prefix)
-        shorter = f", or a --seq-len of at most {most}" if most > 1 else ""
-        advice = f"use --samples {fit} or a longer text" if fit else f"use a longer text{shorter}"
         raise UserError(
             f"{documents.name} gives {tokens} tokens; {samples} samples of {seq_len} tokens need "
-            f"{needed}; {advice}"
+            f"{samples * fresh}; use a longer text, or fewer --samples or a smaller --seq-len"
         )
     # A few windows in a row would come from one or two documents.
     drawn = sorted(
         torch.randperm(len(starts), generator=generator, device="cpu")[:samples].tolist()
     )
-
     if rest:
         unread = [*reversed(_texts(further, parting, rest * fresh)), *unread]
         tokens = (4 * samples + 2 * rest) * seq_len
@@ -338,54 +298,6 @@ def _pack(
     distance = {i: min(abs(i - one) for one in drawn) for i in range(len(starts))} if rest else {}
     others = sorted((i for i in distance if distance[i]), key=lambda i: -distance[i])[:rest]
     return windows(drawn), windows(sorted(others))
-
-
-def check_calibration(
-    asked: CalibrationSettings, model: ModelSettings | None = None, others: Iterable[str] = ()
-) -> Any:
-    """Raise UserError if the calibration text cannot be read; return the tokenizer, if needed.
-
-    Args:
-        model: whose tokenizer tells lengths and writes chats; None if that is not to be known yet.
-        others: sources that the same split or field may be of.
-    """
-    samples, scored = asked.samples, asked.score_samples
-    if scored is not None and scored > samples:
-        raise UserError(
-            f"score_samples={scored} of {samples} samples cannot be read; ask for more samples, or "
-            "for fewer of them"
-        )
-    wanted, tokenizer = _wanted(asked), None
-    check_named(
-        [*(one.source for one in wanted), *others],
-        split=asked.text_split,
-        text_field=asked.text_field,
-        option="--text-split",
-    )
-    for one in wanted:
-        if one.source == SELF:
-            continue
-        documents = None if one.source == CHAT else _documents(one.source, asked, BEGINNING)
-        if model is None:
-            continue
-        tokenizer = tokenizer or load_tokenizer(model)
-        with one.named(asked):
-            if documents is None:
-                Turns(tokenizer)
-            elif not _holds(documents, tokenizer, one.least * asked.seq_len):
-                # That may have been its beginning alone; if not, this says how much there is.
-                _read(one, asked, tokenizer, seed=0, rest=0)
-    return tokenizer
-
-
-def _holds(documents: Documents, tokenizer: Any, tokens: int) -> bool:
-    """Whether documents have so many tokens; no more is tokenised than that takes."""
-    count = 0
-    for text in documents.texts:
-        count += len(bare_ids(tokenizer, text[: _WIDEST * tokens]))
-        if count >= tokens:
-            return True
-    return False
 
 
 SHARED = 32
@@ -409,13 +321,11 @@ def further_text(
 
     Args:
         known: token ids, shape (samples, seq_len).
-        apart: windows that are left out, of the same length, and with them all that has ``SHARED``
-            tokens in a row of them: of a dataset other documents are read if there are to be more
-            windows, which then begin elsewhere.
+        apart: windows that judge the fit, of the same length; no window is returned that shares
+            ``SHARED`` tokens in a row with them.
         count: of further ones, as far as the sources have them.
     """
-    shares = shares_of(asked.calibration)
-    read = {one: share for one, share in shares.items() if one not in WRITERS}
+    read = {one: share for one, share in shares_of(asked.calibration).items() if one not in WRITERS}
     rows = [*known]
     if read:
         mixture = ",".join(f"{one}:{share}" for one, share in read.items())

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -39,10 +38,13 @@ _LOG = logging.getLogger(__name__)
 PIECE = 512
 """Tokens of a text at most. On SmolLM2-135M texts of 512 calibrate better than of 128."""
 TOKENS, TEXTS = 8192, 64
-"""Tokens that are written together at least, and texts at most, but for these tokens."""
+"""Texts of so many tokens are written together at least; and so many texts, if these are more and
+``CACHE`` has room for them."""
 CACHE = 2**31
-"""Bytes that the cache of keys and values may take between the two: a step of many texts costs
-little more than one of few, as the weights are read once for all."""
+"""Bytes that the cache of keys and values may take: a step of many texts costs little more than one
+of few."""
+CHUNK = TEXTS
+"""Sequences that are written, and kept, at a time."""
 LARGE = 50_000_000
 """Parameters from which on a copy in bfloat16 writes faster than it is made."""
 _BLOCK = 256
@@ -66,15 +68,13 @@ def write_text(
 ) -> torch.Tensor:
     """Sample ``samples`` sequences of ``seq_len`` tokens, int64 of that shape, on the CPU.
 
-    A sequence starts with what the tokenizer adds before a text (BOS), or else with a vocabulary
-    token that is a whole capitalised word, drawn evenly and, where there are enough, without
-    repetition; it is written after a blank line, which is left out. Special tokens are never drawn:
-    every sequence is text to its end. Each sequence has its own random numbers, drawn ahead from
-    one generator, so that the batch size does not change them, but for rounding, and the global
-    random state is not touched. By default as many are written at a time as ``CACHE`` has room for.
+    A sequence starts with what the tokenizer adds before a text (BOS), or else with a token that is
+    a whole capitalised word, drawn evenly; the model reads a blank line before it. Special tokens
+    are never drawn. Each sequence has its own random numbers, drawn ahead from one generator, so
+    that the batch size does not change them; the global random state is not touched.
 
-    With ``turns`` a sequence is a chat instead: what stands before a question, the question, its
-    answer, and so on. The tokens that end a turn are drawn as others are.
+    With ``turns`` a sequence is a chat: questions and answers by turns. The tokens that end a turn
+    are drawn as others are.
 
     Raises:
         UserError: the model's logits are not finite, or ``seq_len`` is beyond its positions.
@@ -100,9 +100,9 @@ def write_text(
         batches = range(0, samples, batch_size)
         if is_model_streamed(model):
             _LOG.warning(
-                "the model writes its text while it is read block by block: all weights %s times; "
-                "a text that is there, such as --calibration FILE, is read once",
-                f"{len(batches) * len(positions):,}",
+                "the model is read block by block for each of %d tokens that it writes; a text, "
+                "such as --calibration FILE, is faster",
+                len(batches) * len(positions),
             )
         steps = ((batch, position) for batch in batches for position in positions)
         for first, position in track(steps, "Writing text", total=len(batches) * len(positions)):
@@ -123,10 +123,9 @@ def write_text(
 
 
 def _barred(tokenizer: Any, turns: Turns | None, tokens: int) -> torch.Tensor:
-    """Return what is never drawn, of so many tokens that have a logit; nothing if it were all.
+    """Return the tokens, of so many that have a logit, that are never drawn; none if it were all.
 
-    Special tokens, but for those that end a turn, and rows that stand for no token. The embedding
-    may have more rows than there are logits: what stands for an image is read, never written.
+    These are special tokens, but for those that end a turn, and rows that stand for no token.
     """
     special = _special_ids(tokenizer) - (set() if turns is None else turns.ends)
     barred = sorted({one for one in special if one < tokens} | {*range(len(tokenizer), tokens)})
@@ -134,9 +133,9 @@ def _barred(tokenizer: Any, turns: Turns | None, tokens: int) -> torch.Tensor:
 
 
 def _opened(model: Any, texts: torch.Tensor, tokens: int) -> tuple[Decoder, torch.Tensor]:
-    """Return what has read how texts begin, shape (texts, T), and the logits after that.
+    """Return a decoder that has read how texts begin, (texts, T), and the logits after that.
 
-    Chats, which will grow to ``tokens``, begin alike: what their template says first is read once.
+    Chats begin alike: what their template says first is read once.
     """
     decoder = Decoder(model)
     alike = texts.shape[1] > 1 and bool((texts == texts[0]).all())
@@ -153,10 +152,9 @@ def _opened(model: Any, texts: torch.Tensor, tokens: int) -> tuple[Decoder, torc
 def write_windows(
     model: Any, tokenizer: Any, *, samples: int, seq_len: int, seed: int
 ) -> torch.Tensor:
-    """Return windows of one or several short texts, int64 of shape (samples, seq_len).
+    """Return windows of text, int64 of shape (samples, seq_len).
 
-    Texts have ``PIECE`` tokens; in a longer window they are parted as documents are, by the special
-    tokens that the tokenizer adds, or by a blank line if it adds none, and the last one is cut.
+    A window longer than ``PIECE`` has several texts, parted as documents are.
     """
     check_length(model, seq_len)
     if seq_len <= PIECE:
@@ -172,9 +170,7 @@ def write_windows(
 def write_chats(
     model: Any, tokenizer: Any, *, samples: int, seq_len: int, seed: int
 ) -> torch.Tensor:
-    """Return windows of chats, int64 of shape (samples, seq_len); see ``write_text``, ``Turns``.
-
-    Chats have ``PIECE`` tokens where windows are shorter, so that answers are in them as well.
+    """Return windows of chats of ``PIECE`` tokens, int64 of shape (samples, seq_len).
 
     Raises:
         UserError: as ``write_text``; the tokenizer has no chat template that says where turns end.
@@ -192,11 +188,9 @@ def faster_in_bfloat16(parameters: int, dtype: torch.dtype, device: str) -> bool
 
 
 def _fast(model: Any) -> Any:
-    """Return a copy whose weights are bfloat16, where the processor multiplies those faster.
+    """Return a copy whose weights, not buffers, are bfloat16 where the processor is faster with it.
 
-    A step reads all weights for few products. Buffers, such as the frequencies of rotary
-    embeddings, keep their type. Of a model that is read block by block the copy has the weights of
-    the files, if they fit in the memory that is for them: it would read all of them for each token.
+    Of a model that is read block by block the copy has all weights in memory, if they fit.
     """
     weights = [*model.parameters()]
     count, device = sum(one.numel() for one in weights), weights[0].device
@@ -230,10 +224,8 @@ def _texts_at_a_time(model: Any, opening: torch.Tensor, seq_len: int) -> int:
 def draw_tokens(logits: torch.Tensor, uniform: torch.Tensor, barred: torch.Tensor) -> torch.Tensor:
     """Return one token a row by inverting the cumulative distribution at ``uniform``.
 
-    All of it: a cut at unlikely tokens (arXiv 2407.01082), even of one in five hundred, leaves text
-    so poor in words that other units look important. In theory the mean gradient of a model's loss
-    on its own uncut text is zero, so that a first-order importance would be noise; over samples as
-    few as these it is not.
+    Unlikely tokens are not cut off (as by arXiv 2407.01082): text without them is so poor in words
+    that other units look important.
     """
     share = torch.softmax(logits.index_fill(1, barred, -torch.inf), dim=-1)
     whole = share.shape[1] // _BLOCK * _BLOCK
@@ -252,9 +244,8 @@ def draw_tokens(logits: torch.Tensor, uniform: torch.Tensor, barred: torch.Tenso
 
 
 def _drawn(share: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return where in each row the cumulative share exceeds ``uniform`` of all of it: never a 0.
-
-    And how far in that place, from 0 to 1, which is as evenly distributed.
+    """Return where in each row the cumulative share exceeds ``uniform`` of all of it, and how far
+    in that place, from 0 to 1.
     """
     cumulative = share.cumsum(dim=-1, dtype=torch.float64)
     target = uniform.clamp(0, _BELOW_1)[:, None] * cumulative[:, -1:]
@@ -266,11 +257,10 @@ def _drawn(share: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, to
 def _starts(
     model: Any, tokenizer: Any, samples: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return how each text starts, (samples, tokens), and what the model reads before it, (1,).
+    """Return how each text starts, (samples, tokens), and the token read before it, (1,) or (0,).
 
-    The latter is empty where there is nothing to be read. Many models take the first token of all
-    for the place to which attention goes when it has nowhere else to go, and do not read it: a word
-    there would say nothing about what follows.
+    Many models use the first token of all as an attention sink: a word there would say nothing
+    about what follows.
     """
     prefix, _ = added_tokens(tokenizer)
     if prefix:
@@ -309,10 +299,6 @@ def _special_ids(tokenizer: Any) -> set[int]:
     return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
 
 
-CHUNK = TEXTS
-"""Sequences that are written, and kept, at a time."""
-
-
 WRITERS = {SELF: write_windows, CHAT: write_chats}
 """By the name of the source."""
 
@@ -330,7 +316,7 @@ def write_text_cached(
     """Return what the source's writer does, ``CHUNK`` windows at a time, each kept in ``folder``.
 
     What was written before an interruption is read again. The folder belongs to one model, length
-    and seed; more samples continue it. Raises UserError also where a file is damaged.
+    and seed; more samples continue it.
     """
     name = "" if source == SELF else f"{source}-"
     folder.mkdir(parents=True, exist_ok=True)
@@ -344,16 +330,5 @@ def write_text_cached(
             )
             with new_file(file) as partial:
                 save_file({"input_ids": ids}, partial)
-        chunks.append(_chunk(file, seq_len))
+        chunks.append(load_file(file)["input_ids"])
     return torch.cat(chunks)[:samples]
-
-
-def _chunk(file: Path, seq_len: int) -> torch.Tensor:
-    """Return what was kept of a text, shape (CHUNK, seq_len)."""
-    try:
-        ids = load_file(file)["input_ids"]
-    except (OSError, SafetensorError, KeyError):
-        ids = torch.empty(0, device="cpu")
-    if ids.shape != (CHUNK, seq_len) or ids.dtype != torch.int64:
-        raise UserError(f"{file} is damaged; remove it, and it is written anew")
-    return ids

@@ -60,11 +60,9 @@ def bare_ids(tokenizer: Any, text: str) -> list[int]:
 def added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the token ids that the tokenizer adds before and after a text.
 
-    Where the start token comes after the text (ChatGLM, which answers a context), what is added
-    counts as standing before: a text by itself is an answer to nothing.
-
-    Found by encoding a text with and without special tokens: attributes such as
-    ``add_bos_token`` are missing or wrong for many tokenizers.
+    A start token behind the text (ChatGLM) counts as standing before it. Attributes such as
+    ``add_bos_token`` are missing or wrong for many tokenizers, so a text is encoded with and
+    without.
     """
     whole = list(tokenizer(_PROBE)["input_ids"])
     bare = list(bare_ids(tokenizer, _PROBE))
@@ -124,13 +122,9 @@ def encode_each(
 ) -> list[list[TrainingSequence]]:
     """Return the token sequences of each example, each at most ``seq_len`` long.
 
-    A chat is written with the tokenizer's chat template (``chat``), or as the Alpaca prompt and
-    its answer (``alpaca``; later turns follow under the same headings); ``auto`` takes the
-    template where the tokenizer has one. It ends with the end token. What is longer than
-    ``seq_len`` is cut off; with ``mask_prompt`` an example that has no answer left is dropped.
-
-    A text is cut into windows of ``seq_len``, each with the tokens that the tokenizer adds before a
-    text, and ends with the end token.
+    A chat is written with the tokenizer's chat template (``chat``), or as the Alpaca prompt and its
+    answer (``alpaca``); ``auto`` takes the template where there is one. What is longer than
+    ``seq_len`` is cut off. A text is cut into windows of ``seq_len``. Both end with the end token.
 
     Args:
         mask_prompt: learn only what the assistant wrote.
@@ -174,7 +168,7 @@ def check_chats(examples: Sequence[Example], tokenizer: Any) -> None:
 
 
 def _encoded(pieces: Sequence[Piece], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Return the ids of pieces encoded as one text, and whether a part of each token is learned."""
+    """Return the ids of pieces encoded as one text, and which tokens are learned in part."""
     text = "".join(part for part, _ in pieces)
     if all(each for _, each in pieces):
         ids = bare_ids(tokenizer, text)
@@ -192,10 +186,7 @@ def _encoded(pieces: Sequence[Piece], tokenizer: Any) -> tuple[list[int], list[b
 
 
 def _encoded_by_beginnings(pieces: Sequence[Piece], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Do as ``_encoded`` for a tokenizer that does not say where its tokens stand.
-
-    A piece begins where the tokens of all the text before it cease to be those of the whole.
-    """
+    """Do as ``_encoded`` for a tokenizer without offsets, by encoding ever longer beginnings."""
     texts = [*accumulate(part for part, _ in pieces)]
     ids = bare_ids(tokenizer, texts[-1])
     learned: list[bool] = []
@@ -232,7 +223,6 @@ def _alpaca(example: Example) -> Iterator[Piece]:
 
 
 def _templated(example: Example, tokenizer: Any) -> list[Piece]:
-    """Cut what the template writes where the assistant's turns begin and end."""
     try:
         return _cut(example, tokenizer)
     except UserError as error:

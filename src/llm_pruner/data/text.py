@@ -5,17 +5,14 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 from llm_pruner.data.files import (
     NoFieldError,
     field_of,
-    is_file_name,
     read_source,
     texts_of_rows,
 )
@@ -46,13 +43,6 @@ PRUNED = "pruned"
 DEMO = "demo"
 """The source name of the text that this package ships."""
 
-_NO_RECORDS = {
-    **dict.fromkeys((SELF, CHAT), "text that the model writes itself, for calibration only"),
-    PRUNED: "text that the pruned model writes to be trained on, for recover only",
-    DEMO: "text that comes with the package, for measuring only",
-}
-"""Names of text that is no file and no dataset, and what that is."""
-
 
 @dataclass(frozen=True)
 class Documents:
@@ -78,10 +68,7 @@ class Documents:
 
     @property
     def records(self) -> tuple[str, ...]:
-        """The documents; of a ``.txt`` file its lines, each with its line end.
-
-        Lines end at line feeds only: characters such as U+0085 stay inside a line.
-        """
+        """The documents; of a ``.txt`` file its lines, each with its line feed."""
         if not self.plain:
             return self.texts
         return tuple(io.StringIO(self.raw, newline="\n"))
@@ -93,22 +80,22 @@ _SHARE = re.compile(r"(.+):(\d*\.?\d+)")
 def shares_of(mixture: str) -> dict[str, float]:
     """Return source -> share of a mixture such as ``c4:0.6,code.jsonl:0.4``, equal without shares.
 
-    A file's name may hold commas, and what a share looks like. Raises UserError if a source stands
-    twice or is nothing, or some have a share and some do not.
+    A file's name may hold commas, and what a share looks like.
+
+    Raises:
+        UserError: a source stands twice, or some have no share or the share 0 and others have one.
     """
     if _is_there(mixture):
         return {mixture: 1.0}
     parts = [part.strip() for part in mixture.split(",") if part.strip()] or [mixture]
     found = [None if _is_there(one) else _SHARE.fullmatch(one) for one in parts]
     names = [one if match is None else match[1] for one, match in zip(parts, found, strict=True)]
-    shares = [None if match is None else float(match[2]) for match in found]
-    for name, share in zip(names, shares, strict=True):
-        if names.count(name) > 1:
-            raise UserError(f"{name} stands twice in {mixture}; name it once, with its share")
-        if share is None and any(shares):
-            raise UserError(f"{name} has no share in {mixture}; give each source one, or none")
-        if share == 0:
-            raise UserError(f"{name} has the share 0 in {mixture}; leave it out, or give it one")
+    shares = [0.0 if match is None else float(match[2]) for match in found]
+    if len({*names}) < len(names) or (any(found) and not all(shares)):
+        raise UserError(
+            f"{mixture} is no mixture of sources; name each once, and give a share above 0 to all "
+            "of them or to none"
+        )
     return {name: share or 1.0 for name, share in zip(names, shares, strict=True)}
 
 
@@ -143,77 +130,53 @@ def load_documents(
         limit: read at most this many documents of a hub dataset.
 
     Raises:
-        UserError: the file is missing, empty, of an unknown type, broken or without text; it
-            does not show which field holds the text; or the dataset cannot be loaded.
+        UserError: the source cannot be read, holds no text, or does not show which field holds it.
     """
     check_is_stored(source)
-    path = expanded(source)
-    plain = path.suffix.lower() == ".txt"
     name, used_split, rows = read_source(source, split=split, limit=limit)
-    text_field = text_field or field_of(source)
-    where = str(path) if used_split is None else name
-    texts: tuple[str, ...] = tuple(rows if plain else texts_of_rows(rows, where, text_field))
+    texts = tuple(texts_of_rows(rows, name, text_field or field_of(source)))
     if not any(text.strip() for text in texts):
         raise UserError(f"{name} holds no text; give a file or dataset with text in it")
-    return Documents(texts, name, used_split, plain)
+    return Documents(texts, name, used_split, source.lower().endswith(".txt"))
 
 
 def check_is_stored(source: str) -> None:
     """Raise UserError for a name of text that is no file and no dataset."""
-    if source in _NO_RECORDS:
+    if source in (SELF, CHAT, PRUNED, DEMO):
         raise UserError(
-            f"source '{source}' is {_NO_RECORDS[source]}; give a text file or a dataset name here"
+            f"source {source!r} is no file and no dataset, and cannot be used here; give the path "
+            "of a text file or the name of a dataset"
         )
-
-
-def check_named(
-    sources: Collection[str], *, split: str | None, text_field: str | None, option: str = "--split"
-) -> None:
-    """Raise UserError if a split or a field was named and no source can have one."""
-    stored = [source for source in sources if source not in _NO_RECORDS]
-    shown = ", ".join(sources)
-    if split is not None and all(map(is_file_name, stored)):
-        raise UserError(f"{option} {split} is of hub datasets, and {shown} is none; leave it out")
-    if text_field is not None and not stored:
-        raise UserError(
-            f"--text-field {text_field} is of records, and {shown} has none; leave it out"
-        )
-
-
-def has_fields(source: str) -> bool:
-    """Whether the records of a source may have several fields."""
-    return source not in _NO_RECORDS and Path(source).suffix.lower() != ".txt"
-
-
-def with_field(read: Callable[[str | None], T], text_field: str | None, others: Iterable[str]) -> T:
-    """Read a source beside others: ``--text-field`` may be about one of these.
-
-    Raises UserError as reading does, with the field or without, or if no other has fields.
-    """
-    try:
-        return read(text_field)
-    except UserError:
-        if text_field is not None and any(map(has_fields, others)):
-            with suppress(UserError):
-                return read(None)
-        raise
 
 
 def read_each(
     read: Callable[[str, str | None], T], sources: Iterable[str], text_field: str | None
 ) -> dict[str, T]:
-    """Read several sources, each once, of which one at least has ``text_field``, or UserError."""
+    """Read several sources, each once; ``text_field`` holds for those that have such a field.
+
+    Raises:
+        NoFieldError: none of them has it.
+    """
+    names = [*dict.fromkeys(sources)]
     found: dict[str, T] = {}
     lacking: dict[str, NoFieldError] = {}
-    names = [*dict.fromkeys(sources)]
     for name in names:
         try:
             found[name] = read(name, text_field)
         except NoFieldError as error:
             lacking[name] = error
-    if lacking and not any(map(has_fields, found)):
+    if lacking and all(name == DEMO or name.endswith(".txt") for name in found):
         raise next(iter(lacking.values()))
-    return {name: read(name, None) if name in lacking else found[name] for name in names}
+    found |= {name: read(name, None) for name in lacking}
+    return {name: found[name] for name in names}
+
+
+def with_field(read: Callable[[str | None], T], text_field: str | None) -> T:
+    """Read a source by a field, or without it where only other sources of a run have it."""
+    try:
+        return read(text_field)
+    except NoFieldError:
+        return read(None)
 
 
 Protocol = Literal["paper", "standard"]

@@ -16,20 +16,15 @@ _SAID = ("Alpha", "Beta", "Gamma")
 
 
 class Turns:
-    """The tokens that the chat template puts between what is said.
+    """The tokens that a chat template puts before a question (``opening``) and between turns.
 
-    Attributes:
-        opening: what stands before the first question, shape (tokens,).
-        ends: the special tokens that end a question or an answer.
+    ``ends`` are the special tokens that end a question or an answer.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         """Read the template, or raise UserError if it tells no turns."""
         if not getattr(tokenizer, "chat_template", None):
-            raise UserError(
-                "source 'chat' is what the model writes by its chat template, and the tokenizer "
-                "has none; use self, or a text"
-            )
+            raise UserError("source 'chat' needs a chat template, and the tokenizer has none")
         roles = ("user", "assistant", "user")
         chat = [{"role": r, "content": said} for r, said in zip(roles, _SAID, strict=True)]
         asked, talked = render_chat(tokenizer, chat[:1], True), render_chat(tokenizer, chat, True)
@@ -40,14 +35,11 @@ class Turns:
         self._parts = [bare_ids(tokenizer, text) for text in (answering, asking)]
         special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         if not (len(self.opening) and all(part and part[0] in special for part in self._parts)):
-            raise UserError(
-                "source 'chat' needs a chat template whose turns end with special tokens, and "
-                "this one's do not; use self, or a text"
-            )
+            raise UserError("source 'chat' needs a chat template with special tokens after turns")
         self.ends = {part[0] for part in self._parts}
 
     def start(self, count: int, tokens: int) -> None:
-        """Begin so many chats of so many tokens."""
+        """Begin ``count`` chats of so many tokens."""
         self._longest = min(QUESTION, tokens // 4)
         self._forced: list[deque[int]] = [deque() for _ in range(count)]
         self._answering, self._said = [False] * count, [0] * count

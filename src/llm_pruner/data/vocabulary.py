@@ -29,23 +29,20 @@ _BATCH, _PIECE = 1000, 2**20
 
 
 def vocabulary_of(tokenizer: Any, needed: Collection[int] = ()) -> Vocabulary:
-    """Return what a tokenizer knows; ``needed`` stay whatever a text has, with what makes them.
+    """Return what a tokenizer knows; tokens in ``needed`` always stay.
 
-    Raises UserError if one of these is unknown, or it is no BPE or Unigram of ``tokenizers``.
+    Raises:
+        UserError: one of these is unknown, or tokens of such a tokenizer cannot be removed.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = {} if backend is None else json.loads(backend.to_str())["model"]
-    kind = model.get("type")
-    if kind not in ("BPE", "Unigram"):
-        raise UserError(
-            f"the tokenizer is of the kind {kind or type(tokenizer).__name__}, and tokens can be "
-            "taken from BPE and Unigram of the tokenizers library alone"
-        )
+    kind = model.get("type") or type(tokenizer).__name__
     marks = ("end_of_word_suffix", "continuing_subword_prefix")
-    if mark := next((one for one in marks if model.get(one)), None):
+    if kind not in ("BPE", "Unigram") or any(map(model.get, marks)):
         raise UserError(
-            f"the tokenizer has an {mark} ({model[mark]!r}), and what tokens are made of is then "
-            "not followed; tokens can be taken from tokenizers without one alone"
+            f"tokens can be removed from BPE and Unigram tokenizers without word marks alone, and "
+            f"this one is {kind} (end_of_word_suffix {model.get(marks[0])!r}, "
+            f"continuing_subword_prefix {model.get(marks[1])!r})"
         )
     found = Vocabulary(tokenizer)
     if strange := {*needed} - found.known:
@@ -63,8 +60,7 @@ class Vocabulary:
     Attributes:
         size: one more than the largest token id.
         known: all tokens.
-        always: tokens that stay: special and other added ones, those that no text can be written
-            without, and those that were said to be needed.
+        always: tokens that stay: added ones, single characters or bytes, and those needed.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -118,17 +114,13 @@ class Vocabulary:
             )
 
     def choose(self, counts: Ids, size: int | None) -> Ids:
-        """Return the ids of the tokens that stay, in order.
+        """Return the sorted ids of the tokens that stay: the most frequent, then the lowest ids.
 
-        Those that stand most often in the text come first, each with the tokens that it is made of,
-        then those with the lowest ids, which a tokenizer learned first.
+        Each stays with the tokens that it is made of.
 
         Args:
             counts: as `count` returns them.
-            size: how many stay; None for all that the text has.
-
-        Raises:
-            UserError: as `check`.
+            size: how many stay; None for all that the text has. UserError as `check`.
         """
         self.check(size)
         kept = set(self.always)
@@ -204,7 +196,7 @@ def _renumber_(processor: Any, new: dict[int, int]) -> None:
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Yield texts together, long ones in pieces: a tokenizer's answer takes 40 times the room."""
+    """Yield texts in batches, long ones in pieces: encodings take 40 times the memory of text."""
     batch, size = list[str](), 0
     for text in texts:
         start = 0

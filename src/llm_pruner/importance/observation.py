@@ -62,14 +62,13 @@ class Observation:
 
     Attributes:
         group: the group.
-        gates: shape (samples, segments, units): for each segment of 128 tokens of a sample, the sum
-            over its tokens of an activation times its gradient, which is the derivative of the
-            sample's loss (mean over its tokens) by a gate of 1 on the unit in that segment. Where
-            the tokens cannot be told apart (inside experts) the first segment has it all.
+        gates: shape (samples, segments, units): the derivative of the sample's loss (mean over its
+            tokens) by a gate of 1 on the unit in a segment of 128 tokens, which is the sum over
+            these of activation times gradient. Where the tokens cannot be told apart (inside
+            experts) the first segment has it all.
         readings: one for each linear consumer; empty where others read the group, too.
-        token_squares: shape (units,): sum over all tokens of the squared derivative by a gate on
-            the unit at this token alone; of several linear modules that read it, the sum of what
-            each would give; None where others read it.
+        token_squares: shape (units,): sum over tokens, and over linear consumers, of the squared
+            derivative by a gate on the unit at one token; None where others read the group, too.
     """
 
     group: Group
@@ -91,8 +90,6 @@ class Measure:
         where_linear: what is observed besides, of groups that linear modules alone read.
         formula: observation -> importance per unit, shape (units,); higher means keep.
 
-    Raises:
-        UserError: something else is to be observed.
     """
 
     needs: frozenset[str]
@@ -100,30 +97,20 @@ class Measure:
     where_linear: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        for field in ("needs", "where_linear"):
-            asked = getattr(self, field)
-            if isinstance(asked, str) or not {*asked} <= {*OBSERVED}:
-                raise UserError(
-                    f"{field} of a criterion is {asked!r}; give a set of {', '.join(OBSERVED)}"
-                )
-            object.__setattr__(self, field, frozenset(asked))
+        if strange := {*self.needs, *self.where_linear} - {*OBSERVED}:
+            raise UserError(f"a criterion needs {strange}; known are {', '.join(OBSERVED)}")
 
     def values(self, seen: Observation) -> FloatArray:
         """Return the importance of a group's units, shape (units,), by the formula.
 
         Raises:
-            UserError: it gives something else.
+            UserError: it gives another shape.
         """
-        found = self.formula(seen)
-        try:
-            values = np.asarray(found, dtype=np.float64)
-        except (TypeError, ValueError, RuntimeError):  # no numbers, or not in memory
-            values = np.empty(())
+        values = np.asarray(self.formula(seen), dtype=np.float64)
         if values.shape != (seen.group.size,):
             raise UserError(
-                f"the formula of the criterion gives a {type(found).__name__} of shape "
-                f"{np.shape(values)} for {seen.group.name}; have it return an array of one number "
-                f"for each of its {seen.group.size} units"
+                f"the formula of the criterion gives an array of shape {values.shape} for "
+                f"{seen.group.name}, which has {seen.group.size} units"
             )
         return values
 

@@ -1,20 +1,17 @@
 """What criteria on activations see: inputs of linear modules, and derivatives by gates.
 
-Where the inputs of consumers are enough, each block runs forward once, and nothing above the last
-that is watched. Else the loss is pulled back as well; no weight gradient is formed where a group's
-consumer is a linear module: its input and the gradient of that input are enough. For other
-consumers (the fused tensors and the router of a mixture of experts) the gate's derivative is taken
-from the gradient of the tensor, one sample at a time: the sum over a unit's slice of weight times
-gradient is the same number. What has consumers of both kinds has the sum of both.
+Where the inputs are enough, each block runs forward once. Else the loss is pulled back as well. For
+a linear module its input and the gradient of that input give the derivative by a gate. For other
+consumers (the fused tensors and the router of a mixture of experts) it is the sum over a unit's
+slice of weight times gradient, one sample at a time. What has consumers of both kinds has the sum.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,13 +20,9 @@ import torch
 from torch import nn
 
 from llm_pruner.errors import UserError
-from llm_pruner.importance.boundary_pass import (
-    MEMORY,
-    Batches,
-    Collector,
-    Seen,
-    run_backward,
-)
+from llm_pruner.importance.boundary_pass import MEMORY, Batches, run_backward
+from llm_pruner.importance.collector import Collector, Seen
+from llm_pruner.importance.members import last_of_each_layer, other_readers
 from llm_pruner.importance.observation import Measure, Observation, Reading
 from llm_pruner.models.activation_store import ActivationStore, HiddenStates, free_on_disk
 from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
@@ -55,7 +48,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class _MixedSamplesError(Exception):
-    """A module gets the tokens of several samples in one row: take samples one at a time."""
+    """A module gets the tokens of several samples in one row."""
 
 
 def measure(
@@ -68,7 +61,7 @@ def measure(
 ) -> dict[str, FloatArray]:
     """Return the importance of the units of every group.
 
-    In a chain of blocks it is computed as soon as a group's block is done, and what was observed is
+    In a chain of blocks a group is scored as soon as its block is done, and what was observed is
     dropped, so that no more than one block's Gram matrices are held.
 
     Args:
@@ -76,13 +69,10 @@ def measure(
         input_ids: shape (samples, seq_len), on the model's device.
         groups: what to look at.
         how: what is looked at, and what it says of a group.
-        processes: those that share the samples; the first one has the values, the others nothing.
-        keep: see ``score``.
+        processes, keep: see ``score``.
 
     Raises:
-        UserError: a group has a consumer that is not linear and more than gates is asked for;
-            layers are asked for in a model whose blocks do not run one after the other; a loss is
-            not finite.
+        UserError: the activations of a group or of layers are unknown; a loss is not finite.
     """
     watching = partial(_Watch, model, input_ids, groups, how, processes, keep)
     watch = watching()
@@ -109,11 +99,8 @@ def measure(
 
 @dataclass
 class _Moments:
-    """Sums over the inputs of one module, as `Reading` has them.
-
-    Attributes:
-        sums: number of inputs, total and squares, shape (1 + 2 in_features,), float64.
-        gram: None unless asked for; see `complete_gram_`.
+    """Sums over the inputs of one module: ``sums`` are their number, total and squares, shape
+    (1 + 2 in_features,), float64; ``gram``, None unless asked for, see `complete_gram_`.
     """
 
     sums: torch.Tensor
@@ -121,7 +108,6 @@ class _Moments:
 
     @classmethod
     def zeros(cls, module: nn.Module, with_gram: bool) -> _Moments:
-        """Return sums over no token."""
         weight = module.get_parameter("weight")
         features = weight.shape[input_dim(module) or 0]
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -129,21 +115,19 @@ class _Moments:
         return cls(weight.new_zeros(1 + 2 * features, dtype=torch.float64), gram)
 
     def add(self, rows: torch.Tensor) -> None:
-        """Add inputs, shape (tokens, in_features)."""
         count = self.sums.new_tensor([len(rows)])
         self.sums += torch.cat([count, rows.sum(0).double(), rows.square().sum(0).double()])
         if self.gram is not None:
             add_gram_(self.gram, rows)
 
     def add_sums(self, other: _Moments) -> None:
-        """Add the sums over other tokens."""
         self.sums += other.sums
         if self.gram is not None and other.gram is not None:
             self.gram += other.gram
 
 
 class _Watch(Collector):
-    """What is looked at, the sums so far, and ``found`` scores of groups that saw all tokens."""
+    """The sums so far, and in ``found`` the scores of the groups that saw all tokens."""
 
     def __init__(
         self,
@@ -165,16 +149,13 @@ class _Watch(Collector):
             if group.kind == "layers":
                 continue
             consumers = self._consumers[group.name] = consumers_of(model, group, linear)
-            others = _other_readers(group, consumers, known)
+            others = other_readers(group, consumers, known)
             if self._needs - {"gates", "tokens"} and (others or not consumers):
-                why = f"no linear module reads {group.name}"
-                if consumers:
-                    why = f"{others[0].tensor} reads {group.name}, and belongs to no linear module"
                 raise UserError(
-                    f"{why}, so its activations are unknown; use the criterion fisher, gate or "
-                    "taylor"
+                    f"not only linear modules read {group.name}, so its inputs are unknown; use "
+                    "the criterion fisher, gate or taylor"
                 )
-            for member in others if consumers else _last_of_each_layer(group, known):
+            for member in others if consumers else last_of_each_layer(group, known):
                 self._members.setdefault(member.tensor, []).append((group, member))
         # Of these no module sees all: there are gates of whole samples, and nothing else.
         self._unseen = {group.name for found in self._members.values() for group, _ in found}
@@ -241,7 +222,7 @@ class _Watch(Collector):
         self._finish(self._groups)
 
     def looks_in_front_of(self, chain: Chain, input_ids: torch.Tensor) -> bool:
-        """Whether a gradient is asked for in front of the first block, where none is pulled to."""
+        """Whether a watched module runs in front of the first block, where no gradient is."""
         called: list[str] = []
         with ExitStack() as hooks:
             for path in () if self._forward_only else self._readers:
@@ -255,10 +236,7 @@ class _Watch(Collector):
     def _note(
         self, path: str, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Note an input, which becomes a leaf if nothing below it takes a gradient.
-
-        Queries, keys and values may read one tensor: each gets an alias, whose gradient is its own.
-        """
+        """Note an input: a leaf, or an alias, since several modules may read one tensor."""
         value = given = first_tensor(args, named)
         if self._forward_only:
             self._seen.append((path, value))
@@ -272,7 +250,6 @@ class _Watch(Collector):
         return tuple(value if one is given else one for one in args), changed
 
     def seen(self) -> list[tuple[str, torch.Tensor]]:
-        """Return (module, input) noted since the last call, and forget them."""
         seen, self._seen = self._seen, []
         return seen
 
@@ -293,7 +270,6 @@ class _Watch(Collector):
         highest = max((places[module] for module in self.modules), default=-1)
         with chain.opened():
             need = (highest + 2) * samples * chain.entry(input_ids[:1]).nbytes
-        # Others would be glad of them, but this pass goes without.
         keep = self.keep if 2 * need < free_on_disk() else None
         states = ActivationStore(range(1 if keep is None else highest + 2), samples, MEMORY)
         with chain.opened(), closing(states) if keep is None else nullcontext(states) as hidden:
@@ -318,12 +294,10 @@ class _Watch(Collector):
             keep.keep(input_ids, states)
 
     def _take(self, part: slice) -> None:
-        """Take what a forward pass has shown."""
         self.add_seen(part, [(*one, None) for one in self.seen()], 1.0)
 
     @torch.no_grad()
     def add_seen(self, part: slice, seen: Iterable[Seen], factor: float) -> None:
-        """Add inputs and their gradients, which are ``factor`` times those given."""
         for path, value, gradient in seen:
             value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
             if gradient is not None and {"gates", "tokens"} & self._where_linear:
@@ -335,7 +309,6 @@ class _Watch(Collector):
                 self._of_batch(path).add(value.flatten(0, -2))
 
     def _of_batch(self, path: str) -> _Moments:
-        """Return the sums of a module's inputs over the batch that is going through."""
         if path not in self._batch_moments:
             module = self._model.get_submodule(path)
             self._batch_moments[path] = _Moments.zeros(module, "gram" in self._where_linear)
@@ -343,7 +316,6 @@ class _Watch(Collector):
 
     @torch.no_grad()
     def add_up(self, block: int | None, names: Iterable[str], batch: slice, owner: int) -> None:
-        """Add what a batch gave, which a process has run, to what those before it gave."""
         paths = self._paths.get(block, ())
         groups = {one.group for path in paths for one in self._readers[path]}
         groups |= {group.name for name in names for group, _ in self._members.get(name, ())}
@@ -402,7 +374,6 @@ class _Watch(Collector):
             self._batch_squares[consumer.group] = self._batch_squares.get(consumer.group, 0) + found
 
     def add_weight(self, name: str, part: slice, gradient: torch.Tensor, factor: float) -> None:
-        """Add the gates of groups that others than linear modules read."""
         weight = self.parameters[name].detach()
         product = weight.to(torch.promote_types(weight.dtype, torch.float32)) * gradient
         for group, member in self._members[name]:
@@ -428,7 +399,6 @@ class _Watch(Collector):
                 self._gates[group.name][part, :, unit] = sums
 
     def finished(self, block: int | None, names: Iterable[str]) -> None:  # noqa: ARG002
-        """Apply the formula to the groups of a block."""
         if block is not None:
             self._finish(self._inside[block])
 
@@ -489,56 +459,9 @@ class _Watch(Collector):
         return found
 
 
-def _other_readers(
-    group: Group, consumers: Sequence[Consumer], weights: Mapping[str, nn.Parameter]
-) -> list[Member]:
-    """Return the members that read the group's axis beside the weights of linear modules."""
-    linear = {id(weights[f"{one.module}.weight"]) for one in consumers}
-    read = [one for one in group.members if one.reads and not one.buffer]
-    return [one for one in read if id(weights[one.tensor]) not in linear]
-
-
 def _sum_segments(values: torch.Tensor) -> torch.Tensor:
     """Sum over each segment: (samples, tokens, features) -> (samples, segments, features)."""
     return torch.stack([part.sum(1) for part in values.split(SEGMENT, dim=1)], dim=1)
-
-
-def last_members(group: Group) -> list[Member]:
-    """Return the members, but for buffers, that multiply last, and the bias that is added then."""
-    members = [member for member in group.members if not member.buffer]
-    weights = [member for member in members if not _is_bias(member)] or members
-    last = max((member.order for member in weights), default=0)
-    chosen = [member for member in weights if member.order == last]
-    stems = {_stem(member, "weight") for member in chosen}
-    return [one for one in members if one in chosen or _stem(one, "bias") in stems]
-
-
-def _last_of_each_layer(group: Group, weights: Mapping[str, nn.Parameter]) -> list[Member]:
-    """Return what multiplies last in each layer, and is no norm: a unit has a gate in each."""
-    layers: dict[str, list[Member]] = {}
-    for member in group.members:
-        place = _IN_LAYER.match(member.tensor)
-        if not member.buffer:
-            layers.setdefault(place[0] if place else "", []).append(member)
-    found: list[Member] = []
-    for members in layers.values():
-        matrices = [one for one in members if _is_bias(one) or weights[one.tensor].ndim > 1]
-        inside = members if all(map(_is_bias, matrices)) else matrices
-        found += last_members(replace(group, members=tuple(inside)))
-    return found
-
-
-_IN_LAYER = re.compile(r".*?\.\d+\.")
-"""Names of a layer's weights, up to what names the layer."""
-
-
-def _is_bias(member: Member) -> bool:
-    return member.tensor.endswith("bias")
-
-
-def _stem(member: Member, kind: str) -> str:
-    """Return what names a weight and its bias: ``experts.down_proj`` has ``down_proj_bias``."""
-    return member.tensor.removesuffix(kind).rstrip("._")
 
 
 def _places(
@@ -555,8 +478,8 @@ def _places(
         }
         if len(places) != group.size:
             raise UserError(
-                f"{group.name} are not the blocks that the hidden state passes through, so their "
-                "activations are unknown; use taylor, or leave layers out of the structures"
+                f"the hidden state does not pass through each of {group.name}; use taylor, or "
+                "leave layers out of the structures"
             )
         found[group.name] = places
     return found

@@ -12,7 +12,8 @@ from torch import nn
 
 from llm_pruner.errors import UserError
 from llm_pruner.importance.criteria import MEASURES, Criterion
-from llm_pruner.importance.observing import last_members, measure
+from llm_pruner.importance.members import last_members
+from llm_pruner.importance.observing import measure
 from llm_pruner.importance.taylor import Sums, reduced, taylor_sums
 from llm_pruner.models.activation_store import HiddenStates
 from llm_pruner.models.forward import token_ids, undisturbed
@@ -37,40 +38,32 @@ def score(
 ) -> dict[str, FloatArray]:
     """Return the importance of every unit; higher means keep.
 
-    A unit's score is that of its slice in each member, joined over the members by
-    ``criterion.aggregate``. A member that is a buffer carries no importance. A layer is scored as
-    the sum over its parameters, each whole: sum |w| for l1, the norm of all its weights for l2, the
-    terms of ``Criterion`` for taylor; ``aggregate`` does not apply to it, since a layer has no
-    members of which one could be the last. Random scores are uniform in [0, 1), drawn once per
-    unit, and depend on ``seed`` and the group's name alone.
+    A unit's score is that of its slice in each member, but for buffers, joined over the members by
+    ``criterion.aggregate``. A layer's score is the sum over its parameters, each whole: sum |w| for
+    l1, the norm of all its weights for l2, the terms of ``Criterion`` for taylor. Random scores are
+    uniform in [0, 1), by ``seed`` and the group's name. The criteria in ``criteria.MEASURES`` have
+    their formulas there; those that read inputs of linear modules have no score for layers, and for
+    groups that other modules read.
 
     Args:
         model: maps token ids, shape (samples, seq_len), to logits, shape (samples, seq_len,
-            vocabulary): the output itself, its ``logits`` or its first entry. Samples must not
-            influence each other. It is left exactly as it was.
+            vocabulary). It is left exactly as it was.
         discovery: the groups of this model.
         criterion: what to measure.
-        input_ids: calibration tokens, integers of shape (samples, seq_len); read by taylor and by
-            the criteria that look at activations.
+        input_ids: calibration tokens, integers of shape (samples, seq_len); None for criteria that
+            read no text.
         seed: of ``random``.
         groups: names of the groups to score; None scores all that are not frozen.
         processes: those that share the samples and call this alike. The first one returns what one
             process alone would, to the last bit; the others may return nothing.
-        keep: is given the hidden states between the blocks that were run one after the other, by
-            one process; else left as it is.
-
-    The criteria in ``criteria.MEASURES`` have their formulas there. Those that need moments of an
-    input take no group that others than linear modules read, and weigh one by nothing whose readers
-    saw no token; whole layers have no such input, and are left out unless they are named.
+        keep: is given the hidden states between the blocks.
 
     Returns:
         Group name -> finite float64 scores of shape (size,), in the order of ``discovery``.
 
     Raises:
-        UserError: the model is not the one that was traced; an unknown group; layers that are
-            named, by a criterion on inputs of linear modules; no, or unusable, calibration tokens;
-            a sample whose loss is NaN or infinite (named); a tensor whose weights or gradients are
-            not finite (named).
+        UserError: the model is not the one that was traced; a group is unknown or has no such
+            score; there are no calibration tokens; a loss, a weight or a gradient is not finite.
     """
     if changed := changed_since(model, discovery):
         raise UserError(f"{changed}: run discover again on the model as it is now")
@@ -175,10 +168,7 @@ def _require_text(input_ids: torch.Tensor | None, name: str, model: nn.Module) -
         raise UserError(f"criterion {name!r} needs calibration text and got none; give some, or l2")
     input_ids = token_ids(input_ids, model)
     if input_ids.shape[0] < 1 or input_ids.shape[1] < 2:
-        raise UserError(
-            f"calibration of {input_ids.shape[0]} samples x {input_ids.shape[1]} tokens predicts "
-            "no token; give at least 1 sample of 2 tokens"
-        )
+        raise UserError(f"calibration text of shape {tuple(input_ids.shape)} predicts no token")
     return input_ids
 
 
@@ -186,14 +176,10 @@ def _require_finite(sums: Mapping[str, Sums], criterion: Criterion) -> None:
     for tensor, found in sums.items():
         if all(np.isfinite(part).all() for part in (*found.by_dim, np.array(found.total))):
             continue
-        if criterion.name == "taylor":
-            raise UserError(
-                f"the gradient of {tensor} is not finite, so its importance is unknown; load the "
-                "model in float32, or look for extreme values in its weights"
-            )
+        what = "gradients" if criterion.name == "taylor" else "weights"
         raise UserError(
-            f"{tensor} holds NaN or infinite weights, so its importance is unknown; load a sound "
-            "checkpoint"
+            f"the {what} of {tensor} are not finite, so its importance is unknown; load the model "
+            "in float32, or a sound checkpoint"
         )
 
 

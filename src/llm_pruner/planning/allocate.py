@@ -23,7 +23,7 @@ from functools import partial
 
 import numpy as np
 
-from llm_pruner.errors import PlanError, UserError, require_kind
+from llm_pruner.errors import PlanError, UserError
 from llm_pruner.planning.candidates import AllCandidates, Candidates, find_candidates
 from llm_pruner.planning.constraints import check, whole
 from llm_pruner.planning.costs import Cost
@@ -66,20 +66,14 @@ def allocate(
         cost: what the target counts; None for parameters. Needed for ``kv_cache``.
 
     Raises:
-        UserError: a target that cannot be reached (naming the nearest that can), a group (with
-            one ranking, a structure) that would lose nothing under a unit ratio, or what
-            `choose_groups` refuses.
-        PlanError: a breach of the rules that `planning.constraints.check` lists.
+        UserError: the target cannot be reached (naming the nearest that can), a group or structure
+            would lose nothing, or as `choose_groups`.
+        PlanError: a breach of the rules of `planning.constraints.check`.
     """
-    require_kind("discovery", discovery, Discovery, "what discover returned")
-    require_kind("scores", scores, Mapping, "importance by the name of each group")
-    require_kind("selection", selection, Selection, "one such as lp.Selection(('ffn',))")
-    require_kind("target", target, Target, "one such as lp.Target(ratio=0.2)")
     numbering = numbering or Numbering.dense(discovery)
     cost = cost or _parameters(discovery, numbering, target)
     candidates = find_candidates(discovery, scores, selection, numbering, cost)
     selection = _of_those_left(selection, candidates)
-    _refuse_split(selection, target)
     if target.unit_ratio is None:
         steps = _cost_steps(candidates, cost, selection, target)
     else:
@@ -127,43 +121,14 @@ def check_reachable(
     if selection.scope == "local":
         allocate(discovery, scores, selection, target, cost=cost)
         return
-    _refuse_split(selection, target)
     numbering = Numbering.dense(discovery)
     candidates = find_candidates(discovery, scores, selection, numbering)
     if target.unit_ratio is None:
         cost = cost or _parameters(discovery, numbering, target)
-        _check_shares(_begin_search(candidates, cost, target), selection, target)
+        _begin_search(candidates, cost, target)
         return
     for same in candidates.by_kind().values():
         _refuse_nothing(same, exact(target.unit_ratio), target)
-
-
-def _refuse_split(selection: Selection, target: Target) -> None:
-    """Raise if a share of the units of each group is asked for, and one of the parameters, too."""
-    if target.unit_ratio is not None and selection.split is not None:
-        raise UserError(
-            f"{target} and a split say different things; give a target in parameters "
-            "(ratio or params) with the split"
-        )
-
-
-def _check_shares(search: Search, selection: Selection, target: Target) -> None:
-    """Raise UserError if the structure with the largest share has less than what is left to it."""
-    if selection.split is None or target.loose:
-        return
-    removed, spans = search.cost.total - search.target, _spans(search)
-    shares = {kind: share for kind, share in selection.split.items() if kind in spans}
-    *others, largest = sorted(shares, key=lambda kind: shares[kind])
-    wanted = given = 0.0
-    for kind in others:
-        wanted += shares[kind] * removed
-        given += min(wanted - given, spans[kind])
-    asked = removed - given
-    if asked - spans[largest] > TOLERANCE * search.cost.dense:
-        raise UserError(
-            f"{target} cannot be reached with {shares[largest]:.3g} of it from {largest}: pruned "
-            f"to the last unit, that gives {spans[largest] / removed:.3g}; give it a smaller share"
-        )
 
 
 def _spans(search: Search) -> dict[str, int]:
@@ -232,15 +197,11 @@ def _refuse_nothing(same: Sequence[Candidates], ratio: Fraction, target: Target)
     if any(one.gone for one in same) or 0 < step < 2 * int(dense * ratio):
         return
     group = same[0].group
-    of = f"{dense} {group.kind}" + (" per block" if group.blocks is not None else "")
-    last = f" to {same[-1].group.name}" if len(same) > 1 else ""
-    head = f"{target} removes 0 of {of} in {group.name}{last}"
-    if not step:
-        raise UserError(
-            f"{head}: nothing can be removed there; choose other layers or leave {group.kind} out"
-        )
-    share = whole(Fraction(step // 2 + 1, dense) * 1000) / 1000
-    raise UserError(f"{head}; use at least {share:.3f}, or leave {group.kind} out")
+    least = whole(Fraction(step // 2 + 1, dense) * 1000) / 1000
+    more = f"use at least {least:.3f}, or " if step else ""
+    raise UserError(
+        f"{target} removes 0 of {dense} {group.kind} in {group.name}; {more}leave {group.kind} out"
+    )
 
 
 def _cost_steps(

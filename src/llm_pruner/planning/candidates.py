@@ -239,23 +239,13 @@ def _allowed(
 
 
 def _stuck(group: Group, groups: Mapping[str, Group], selection: Selection) -> str:
-    for _, other in followers(group, groups):
-        if other.frozen is not None:
-            return (
-                f"{group.name} cannot lose units, because {other.name}, which follows it, cannot: "
-                f"{other.frozen}; leave {group.kind} out of the structures"
-            )
-    if group.kind in CHANNELS and group.size > 1 and selection.round_to > 1:
-        return (
-            f"round_to={selection.round_to} leaves no smaller size for the {group.size} units of "
-            f"{group.name}; round to less or leave {group.kind} out of the structures"
-        )
-    if group.kind == "heads" and selection.heads_to > 1:
-        return (
-            f"{group.name} has {group.size} key-value heads and keeps a multiple of "
-            f"{selection.heads_to}; leave heads out of the structures, or round for less"
-        )
-    return (
-        f"{group.name} can lose nothing of its {group.size} units; "
-        f"leave {group.kind} out of the structures"
-    )
+    """Say why a group can lose nothing, and behind the last semicolon what to change."""
+    why = f"{group.name} can lose nothing of its {group.size} units"
+    frozen = [other for _, other in followers(group, groups) if other.frozen is not None]
+    if frozen:
+        why += f", because {frozen[0].name}, which follows it, cannot: {frozen[0].frozen}"
+    elif group.kind in CHANNELS and group.size > 1 and selection.round_to > 1:
+        why += f": round_to={selection.round_to} leaves no smaller size"
+    elif group.kind == "heads" and selection.heads_to > 1:
+        why += f": it keeps a multiple of {selection.heads_to}"
+    return f"{why}; leave {group.kind} out of the structures, or round to less"

@@ -48,7 +48,7 @@ def followers(group: Group, groups: Mapping[str, Group]) -> list[tuple[Companion
 def check(discovery: Discovery, removal: Removal, unreadable: Collection[str] = ()) -> list[str]:
     """Return every reason why the removal cannot be applied; empty if there is none.
 
-    - Units are sorted, unique, in range, and at least one of a group stays.
+    - Units are unique and in range, and at least one of a group stays.
     - A frozen group loses nothing.
     - Groups with blocks: every block that stays loses the same number of units and keeps one. A
       block goes only through the group whose units are the blocks (key-value heads).
@@ -56,8 +56,6 @@ def check(discovery: Discovery, removal: Removal, unreadable: Collection[str] = 
     - A layer that is removed whole has no other units to lose.
 
     Args:
-        discovery: the model that the units belong to.
-        removal: the units, in any shape that a person may have written.
         unreadable: groups whose units are unknown, which nothing can be said about.
     """
     groups = discovery.by_name
@@ -92,32 +90,26 @@ def _check_units(groups: Mapping[str, Group], name: str, units: IntArray) -> lis
     if group is None:
         close = difflib.get_close_matches(name, groups, n=1)
         return [f"{name}: no such group" + (f"; did you mean {close[0]}?" if close else "")]
-    problems = unit_problems(group, units)
-    if group.frozen is None and np.any(np.diff(units) < 0):
-        problems.insert(0, "units are not sorted")
-    return [f"{name}: {problem}" for problem in problems]
+    return [f"{name}: {problem}" for problem in unit_problems(group, units)]
 
 
 def _check_blocks(group: Group, blocks: IntArray, units: IntArray, dead: IntArray) -> list[str]:
-    lost = np.bincount(blocks[units], minlength=int(blocks.max()) + 1)
-    sizes = np.bincount(blocks)
+    lost, sizes = np.bincount(blocks[units], minlength=int(blocks.max()) + 1), np.bincount(blocks)
     live = np.setdiff1d(np.unique(blocks), dead)
     problems: list[str] = []
     emptied = live[lost[live] == sizes[live]]
     if len(emptied):
         way = f"remove units {format_ranges(emptied)} of {group.owner} instead"
-        way = way if group.owner else "keep one"
         problems.append(
-            f"{group.name}: removes every unit of blocks {format_ranges(emptied)}; {way}"
+            f"{group.name}: removes every unit of blocks {format_ranges(emptied)}; "
+            f"{way if group.owner else 'keep one'}"
         )
     live = np.setdiff1d(live, emptied)
     if len(live) and np.ptp(lost[live]):
-        counts = ", ".join(
-            f"{count} of block {block}" for block, count in zip(live, lost[live], strict=True)
-        )
+        counts = [f"{lost[block]} of block {block}" for block in live]
         problems.append(
-            f"{group.name}: every block that stays must lose the same number of units; "
-            f"this removes {counts}"
+            f"{group.name}: every block that stays must lose the same number of units; this "
+            f"removes {', '.join(counts)}"
         )
     return problems
 
@@ -155,21 +147,16 @@ def _check_companions(
 
 def scores_of(group: Group, scores: Scores) -> FloatArray:
     """Return the importance of a group's units, shape (size,); UserError unless that is given."""
-    if (found := scores.get(group.name)) is None:
+    if group.name not in scores:
         raise UserError(
             f"there is no importance for {group.name}; use a criterion that scores {group.kind}"
         )
-    try:
-        values = np.asarray(found, dtype=np.float64)
-    except (TypeError, ValueError):
-        values = np.full(group.size, np.nan)
-    if values.shape != (group.size,):
+    values = np.asarray(scores[group.name], dtype=np.float64)
+    if values.shape != (group.size,) or np.isnan(values).any():
         raise UserError(
-            f"importance of {group.name} has shape {values.shape}, not one value for each of its "
-            f"{group.size} units"
+            f"the importance of {group.name} is not one number for each of its {group.size} units; "
+            "check the criterion, and the calibration loss"
         )
-    if np.isnan(values).any():
-        raise UserError(f"importance of {group.name} is not a number; check the calibration loss")
     return values
 
 

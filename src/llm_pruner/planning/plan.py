@@ -8,15 +8,14 @@ the run, so equal inputs give equal bytes.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from llm_pruner.errors import PlanError, UserError, require_kind
-from llm_pruner.files.disk import expanded, parse_json, read_text, short_digest
+from llm_pruner.errors import PlanError, UserError
+from llm_pruner.files.disk import expanded, short_digest
 from llm_pruner.files.ranges import MOST_UNITS, format_ranges, parse_ranges
 from llm_pruner.planning.constraints import check
 from llm_pruner.surgery.removal import checked_removal, count_parameters
@@ -64,7 +63,6 @@ class Plan(_Strict):
     """A removal with all that it came from. Only ``model`` and ``groups`` matter for a replay.
 
     Attributes:
-        format_version: 2; files of version 1 are read, too.
         settings: of ``prune``, by the names of its options, with what it decided itself in place of
             ``auto``: protected layers, the split, the multiple to round to, but for purposes that
             round heads as well.
@@ -138,21 +136,16 @@ class Plan(_Strict):
 
         Raises:
             PlanError: with every problem: made for another model, unknown or repeated groups, other
-                kind or size, malformed, duplicate, negative or out-of-range units, or a breach of
-                the rules that `planning.constraints.check` lists.
+                sizes, malformed units, or a breach of the rules of `planning.constraints.check`.
         """
         problems = self._model_problems(discovery)
         found: dict[str, IntArray] = {}
         unreadable: set[str] = set()
-        seen: set[str] = set()
         for row in self.groups:
-            if row.name in seen:
+            group = discovery.by_name.get(row.name)
+            if row.name in found.keys() | unreadable:
                 problems.append(f"{row.name}: has two lines; merge them")
                 continue
-            seen.add(row.name)
-            group = discovery.by_name.get(row.name)
-            if group is not None and row.kind != group.kind:
-                problems.append(f"{row.name}: is of kind {group.kind}, the plan says {row.kind}")
             if group is not None and row.size != group.size:
                 problems.append(f"{row.name}: has {group.size} units, the plan says {row.size}")
             try:
@@ -166,19 +159,13 @@ class Plan(_Strict):
         return {name: found[name] for name in discovery.by_name if len(found.get(name, ()))}
 
     def _model_problems(self, discovery: Discovery) -> list[str]:
-        parameters = count_parameters(discovery)
-        if self.model.parameters != parameters:
-            return [
-                f"made for another model: {self.model.name} has {self.model.parameters:,} "
-                f"parameters, this one {parameters:,}; make a new plan"
-            ]
-        if self.model.fingerprint != fingerprint(discovery):
-            return [
-                f"made for another model: the tensors of {self.model.name} have other names or "
-                f"shapes (fingerprint {self.model.fingerprint}, here {fingerprint(discovery)}); "
-                "make a new plan"
-            ]
-        return []
+        if self.model.fingerprint == fingerprint(discovery):
+            return []
+        return [
+            f"made for another model: {self.model.name} has {self.model.parameters:,} parameters, "
+            f"this one {count_parameters(discovery):,}, or its tensors have other names or shapes; "
+            "make a new plan"
+        ]
 
 
 def fingerprint(discovery: Discovery) -> str:
@@ -196,83 +183,24 @@ def read_plan(source: str | Path) -> Plan:
     """Return the Plan in a file, or in a text that starts with a brace.
 
     Raises:
-        UserError: no such file, not UTF-8, not JSON (with line and column), or no path or text.
+        UserError: the file cannot be read, or is no JSON (with line and column).
         PlanError: fields that are missing, unknown or of the wrong type; all of them.
     """
-    require_kind("source", source, (str, Path), "the path of a plan.json, or its text")
     written = isinstance(source, str) and source.lstrip().startswith("{")
-    where = "the plan" if written else f"plan {source}"
     try:
-        text = str(source) if written else read_text(expanded(source))
-        data = parse_json(text, object_pairs_hook=_no_repeats)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}; "
-            "correct it there"
-        ) from error
+        data = json.loads(str(source) if written else expanded(source).read_text("utf-8"))
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        if isinstance(error, UnicodeDecodeError):
-            reason = "not a UTF-8 text"
-        raise UserError(f"{where} cannot be read: {reason}; give a plan.json") from error
+        where = "the plan" if written else f"plan {source}"
+        raise UserError(f"{where} cannot be read ({error}); give a plan.json") from error
     try:
-        return Plan.model_validate(_upgraded(data))
+        return Plan.model_validate(data)
     except ValidationError as error:
-        raise PlanError([_problem(dict(item), data) for item in error.errors()]) from error
-
-
-_RENAMED = {"source": "calibration", "layer_ranges": "layers"}
-"""Names in a header of version 1 -> options."""
-
-
-def _upgraded(data: Any) -> Any:
-    """Return a plan of version 1 as one of version 2: its header becomes settings."""
-    if not isinstance(data, dict) or data.get("format_version") != 1:
-        return data
-    data = dict(data)
-    settings: dict[str, Any] = {}
-    criterion = data.pop("criterion", None)
-    if isinstance(criterion, dict):
-        settings["criterion"] = criterion.get("name")
-        settings |= {name: criterion[name] for name in criterion if name != "name"}
-    text = data.pop("calibration", None)
-    if isinstance(text, dict):
-        data["text"] = text.get("digest")
-        text = {**text, "text_split": text.get("split")}
-        gone = ("digest", "split")
-        settings |= {_RENAMED.get(name, name): text[name] for name in text if name not in gone}
-    for part in ("target", "selection"):
-        asked: Any = data.pop(part, None)
-        if isinstance(asked, dict):
-            settings |= {str(_RENAMED.get(name, name)): asked[name] for name in asked}
-    for name in ("seed", "search_trials", "compensation"):
-        if (value := data.pop(name, None)) is not None:
-            settings[name] = value
-    settings = {name: value for name, value in settings.items() if value not in (None, {})}
-    return {**data, "format_version": FORMAT_VERSION, "settings": settings}
-
-
-def _problem(item: Mapping[str, Any], data: Any) -> str:
-    """Say where in the file a field is wrong; groups go by their name."""
-    path = list(item["loc"])
-    if path[:1] == ["groups"] and len(path) > 1:
-        row = data["groups"][path[1]]
-        name = row.get("name") if isinstance(row, dict) else None
-        path[:2] = [str(name) if name else f"groups[{path[1]}]"]
-    if path == ["format_version"] and item["type"] == "literal_error":
-        return (
-            f"format_version: {str(item['input'])[:40]} is not 1 or 2, which this version of "
-            "llm-pruner reads"
-        )
-    return f"{'.'.join(str(part) for part in path) or 'plan'}: {item['msg']}"
-
-
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse an object with a key twice, of which JSON would silently keep the last."""
-    twice = sorted(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-    if twice:
-        raise UserError(f"the plan has {', '.join(twice)} twice in one object; keep one")
-    return dict(pairs)
+        raise PlanError(
+            [
+                f"{'.'.join(map(str, item['loc'])) or 'plan'}: {item['msg']}"
+                for item in error.errors()
+            ]
+        ) from error
 
 
 def _text(value: Any) -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from numbers import Integral, Real
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
-from llm_pruner.errors import UserError, require_kind
+from llm_pruner.errors import UserError
 from llm_pruner.planning.numbering import Numbering
 from llm_pruner.settings.words import STRUCTURES, known_structure
 from llm_pruner.types import Discovery, Group, IntArray, bound_to
@@ -51,13 +50,9 @@ class Target:
                 f"the target needs exactly one of {', '.join(_KINDS)}; got {str(self) or 'none'}"
             )
         ((name, value),) = given.items()
-        require_kind(name, value, Real, "a number")
-        if name != "params" and not 0 < value < 1:
-            raise UserError(
-                f"{name}={value} is outside (0, 1); give the share to remove, such as 0.2"
-            )
-        if name == "params" and not value >= 1:
-            raise UserError(f"params={value} keeps nothing; give the number to keep")
+        if value <= 0 or (name != "params" and value >= 1):
+            what = "number to keep" if name == "params" else "share to remove, in (0, 1)"
+            raise UserError(f"{name}={value} is no {what}")
 
     def _given(self) -> dict[str, float]:
         values = {name: getattr(self, name) for name in _KINDS}
@@ -108,7 +103,7 @@ class Selection:
             plain config can say the sizes; with ``local`` and without protection or ranges.
 
     Raises:
-        UserError: one of these has no such value.
+        UserError: a structure is unknown, or the split gives them no shares of 1.
     """
 
     structures: tuple[str, ...]
@@ -124,73 +119,24 @@ class Selection:
 
     def __post_init__(self) -> None:
         given: object = self.structures
-        if isinstance(given, str):
-            object.__setattr__(self, "structures", (given,))
+        names = (given,) if isinstance(given, str) else tuple(self.structures)
+        object.__setattr__(self, "structures", tuple(dict.fromkeys(map(known_structure, names))))
         if not self.structures:
             raise UserError(f"no structures given; choose from {', '.join(STRUCTURES)}")
-        for name in self.structures:
-            known_structure(name)
-            if self.structures.count(name) > 1:
-                raise UserError(f"structure {name!r} is given twice; name it once")
-        if self.scope not in get_args(Scope):
-            raise UserError(f"scope={self.scope!r} is unknown; use local or global")
-        for name in ("protect_first", "protect_last", "round_to", "heads_to"):
-            require_kind(name, getattr(self, name), Integral, "a whole number")
-        require_kind("spread", self.spread, Real | None, "a number, such as 2")
-        shares = "a share for each structure, such as {'heads': 0.3, 'ffn': 0.7}"
-        require_kind("split", self.split, Mapping | None, shares)
-        if self.protect_first < 0 or self.protect_last < 0:
+        shares = [*(self.split or {}).values()]
+        if self.split is not None and (
+            {*self.split} != {*self.structures} or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6
+        ):
+            shown = ", ".join(f"{name}={share:g}" for name, share in self.split.items())
             raise UserError(
-                f"protect_first={self.protect_first}, protect_last={self.protect_last}: "
-                "a number of layers cannot be negative"
+                f"split {shown}: give each of {', '.join(self.structures)}, and nothing else, a "
+                "share from 0 to 1; together they must be 1"
             )
-        for name, multiple in (("round_to", self.round_to), ("heads_to", self.heads_to)):
-            if multiple < 1:
-                raise UserError(f"{name}={multiple} is not a multiple to round to; use 1 or more")
-        for name in self.layer_ranges:
-            if name not in self.structures:
-                raise UserError(
-                    f"a layer range is given for {name}, which is not pruned; add it to the "
-                    f"structures ({', '.join(self.structures)}) or drop the range"
-                )
-            ends = self.layer_ranges[name]
-            numbers = isinstance(ends, tuple | list) and all(isinstance(n, Integral) for n in ends)
-            if not numbers or len(ends) != 2 or min(ends) < 0:
-                raise UserError(
-                    f"layer range {name}={ends!r} names no layers; give the first and the last, "
-                    "counted from 0, such as (0, 11)"
-                )
         protects = self.protect_first > 0 or self.protect_last > 0
         if self.uniform and (self.scope != "local" or self.layer_ranges or protects):
             raise UserError(
                 "uniform layers need scope local and no protected layers or layer ranges; drop "
                 "these or uniform"
-            )
-        if self.spread is not None and not self.spread >= 1:
-            raise UserError(
-                f"spread={self.spread} cannot reach the target; use 1 (all alike) or more"
-            )
-        if self.split is not None:
-            self._check_split(self.split)
-
-    def _check_split(self, split: Mapping[str, float]) -> None:
-        for name, share in split.items():
-            if name not in self.structures:
-                raise UserError(
-                    f"a share is given for {name}, which is not pruned; add it to the structures "
-                    f"({', '.join(self.structures)}) or drop the share"
-                )
-            require_kind(f"the share of {name}", share, Real, "a number")
-            if not 0 <= share <= 1:
-                raise UserError(f"share {name}={share} is outside 0 to 1; give a part of 1")
-        missing = [name for name in self.structures if name not in split]
-        if missing:
-            raise UserError(
-                f"no share is given for {', '.join(missing)}; name every structure in the split"
-            )
-        if abs(sum(split.values()) - 1) > 1e-6:
-            raise UserError(
-                f"the shares of the split add up to {sum(split.values()):g}; they must give 1"
             )
 
 
@@ -206,11 +152,7 @@ def step_targets(dense_params: int, target: Target, steps: int) -> list[Target]:
     steps before, and a share of the cache a share of the dense cache. The other targets become
     numbers of parameters to keep.
 
-    Raises:
-        UserError: fewer than one step.
     """
-    if steps < 1:
-        raise UserError(f"steps={steps} prunes nothing; use 1 or more")
 
     def part(step: int) -> Target:
         if target.unit_ratio is not None:
@@ -233,10 +175,8 @@ def choose_groups(
     prune has done its part, as long as there are others.
 
     Raises:
-        UserError: a structure that the model lacks or that is frozen everywhere (with the reason),
-            no layer left to prune, a range beyond the last layer or for what spans all layers;
-            groups that lose units with others, which are protected; layers beside others in a
-            model with several lists of them.
+        UserError: nothing of a structure can be pruned, and why; groups lose units with others,
+            which are protected; layers beside others in a model with several lists of them.
     """
     numbering = numbering or Numbering.dense(discovery)
     lists = sum(group.kind == "layers" for group in discovery.groups)
@@ -264,8 +204,6 @@ def _groups_of(
     structure: str, discovery: Discovery, selection: Selection, numbering: Numbering
 ) -> list[Group]:
     """Return the groups of one structure that may lose units."""
-    longest = max(numbering.lengths.values(), default=0)
-    first, last = _checked_layers(selection, structure, longest)
     groups = [group for group in discovery.groups if group.kind == structure]
     if not groups:
         kinds = dict.fromkeys(g.kind for g in discovery.groups if g.kind != "value_dim")
@@ -279,13 +217,13 @@ def _groups_of(
             f"{structure} cannot be pruned in this model: {groups[0].frozen}; "
             f"leave {structure} out of the structures"
         )
-    spans_all = structure != "layers" and all(group.layer is None for group in free)
-    if structure in selection.layer_ranges and spans_all:
-        raise UserError(f"{structure} spans all layers, so it takes no layer range; drop the range")
     inside = [group for group in free if _can_lose(group, selection, numbering)]
     if not inside:
+        total = max(numbering.lengths.values(), default=0)
+        first, last = _layers(selection, structure, total)
         raise UserError(
-            f"no {structure} in layers {first} to {last} can be pruned; choose other layers"
+            f"no {structure} in layers {first} to {last} of {total} can be pruned; choose other "
+            "layers, or protect fewer"
         )
     names, by_name = {group.name for group in inside}, {group.name: group for group in free}
     for group in inside:
@@ -326,22 +264,3 @@ def _layers(selection: Selection, structure: str, total: int) -> tuple[int, int]
     """Return the first and last layer, of so many, that a structure is pruned in, if any is."""
     unprotected = selection.protect_first, total - 1 - selection.protect_last
     return selection.layer_ranges.get(structure, unprotected)
-
-
-def _checked_layers(selection: Selection, structure: str, total: int) -> tuple[int, int]:
-    """Return the first and last layer, of the longest list, that a structure is pruned in."""
-    first, last = _layers(selection, structure, total)
-    if structure in selection.layer_ranges:
-        if last < first:
-            raise UserError(f"layer range {structure}={first}-{last} runs backwards; swap its ends")
-        if last >= total:
-            raise UserError(
-                f"layer range {structure}={first}-{last} goes past the last layer; "
-                f"the model has {total} layers, 0 to {total - 1}"
-            )
-    elif last < first and total:
-        raise UserError(
-            f"protect_first={selection.protect_first} and protect_last={selection.protect_last} "
-            f"cover all {total} layers, so nothing is left to prune; protect fewer"
-        )
-    return first, last

@@ -18,7 +18,6 @@ from llm_pruner.evaluation.skills import Skill
 from llm_pruner.evaluation.speed import Speed
 from llm_pruner.evaluation.zero_shot import Kept, Mean, TaskResult
 from llm_pruner.report.data import SavedAs, Variant
-from llm_pruner.search.fast_widths import Rounding
 from llm_pruner.types import Layer, SplitTrial
 
 T = TypeVar("T")
@@ -51,7 +50,6 @@ class Pruned:
         seconds: by stage.
         round_to: channels are kept in multiples of this; None where a plan that is replayed says
             for what they are.
-        rounding: what ``round_to`` was chosen by; None if it was given.
         refitted: what compensation did to each consumer, all steps.
         repair: how training by what the dense model says went, with the divergence from it on
             held-out text before and after, in nats; None without.
@@ -70,7 +68,6 @@ class Pruned:
     twin_scenes: tuple[str, ...]
     twin_skipped: tuple[str, ...]
     round_to: int | None
-    rounding: Rounding | None
     refitted: tuple[Refitted, ...]
     repair: Training | None
     trials: tuple[SplitTrial, ...]

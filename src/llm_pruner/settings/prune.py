@@ -45,12 +45,12 @@ PURPOSES = {"blocks": 32, "gguf": 256, "gptq": 128, "marlin": 64}
 
 
 def _multiple(text: str) -> int | str:
-    if re.fullmatch(r"auto|tp[1-9]\d{0,3}", text) or text in PURPOSES:
+    if re.fullmatch(r"tp[1-9]\d{0,3}", text) or text in PURPOSES:
         return text
     try:
         return int(text)
     except ValueError:
-        names = ", ".join(("auto", *PURPOSES))
+        names = ", ".join(PURPOSES)
         raise UserError(
             f"--round-to {text} is no number; use such as 32, or {names}, or tp4"
         ) from None
@@ -122,8 +122,8 @@ class MethodSettings(CalibrationSettings):
     ) = _where(None, "Layers to prune, such as heads=4-26,ffn=2-28.", "RANGES")
     round_to: Annotated[int | str, written(_multiple)] = _where(
         1,
-        "Keep a multiple of this many channels: a number; auto: what is fast on this machine; "
-        "blocks: 32; gguf, gptq, marlin: what these need; tp4: for 4 devices.",
+        "Keep a multiple of this many channels: a number; blocks: 32; gguf, gptq, "
+        "marlin: what these need; tp4: for 4 devices.",
         "N",
     )
     criterion: str = _importance("taylor", f"{', '.join(CRITERIA)}.", "NAME", known=CRITERIA)

@@ -46,8 +46,8 @@ def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edit
     """Work out everything that a removal changes, without touching the model.
 
     Raises:
-        InfeasibleError: the model's code cannot express the sizes, a group is frozen or has no such
-            units, or the model is not the one that was traced; names the groups.
+        InfeasibleError: the model's code cannot express the sizes, a group cannot lose such units,
+            or the model is not the one that was traced.
     """
     for name, units in checked_removal(discovery, removal).items():
         if problems := unit_problems(discovery.group(name), units):
@@ -109,17 +109,15 @@ def _require_choices(discovery: Discovery, removal: Removal) -> None:
 
 
 def _require_buffers(model: nn.Module, discovery: Discovery, removal: Removal) -> None:
-    """Refuse where a buffer that loses positions is not what it was; it may grow along others."""
+    """Raise InfeasibleError if an axis of a buffer that loses positions has another size now."""
     buffers = {name: tensor for name, tensor, buffer in named_tensors(model) if buffer}
     for name, dim in removed_positions(discovery, removal):
         traced, tensor = discovery.buffers.get(name), buffers.get(name)
         if traced is None:
             continue
         if tensor is None or tensor.dim() != len(traced) or tensor.shape[dim] != traced[dim]:
-            found = None if tensor is None else tuple(tensor.shape)
             raise InfeasibleError(
-                f"{name} has shape {found}, when the model was traced {traced}: run discover again "
-                "on the model as it is now"
+                f"{name} has another shape now: run discover again on the model as it is now"
             )
 
 
@@ -191,11 +189,10 @@ def _places(model: nn.Module, discovery: Discovery, name: str) -> Places:
 def _expert_numbers(
     model: nn.Module, discovery: Discovery, removal: Removal, rename: Renaming
 ) -> Iterator[tuple[str, str, int]]:
-    """Yield the numbers of experts that modules state of themselves, whoever reads them.
+    """Yield the numbers of experts that modules state of themselves, even if the trace reads none.
 
-    One implementation of experts reads a number that another does not, and losses read that of the
-    whole model; it follows where all mixtures keep equally many. One that cannot be pruned is no
-    group, but has weights of its own for as many experts as it says.
+    Other implementations of experts read them, and losses read that of the whole model, which
+    follows where all mixtures keep equally many; one that is no group keeps all of its own.
     """
     kept = kept_shapes(discovery, removal)
     sizes_of = [
@@ -254,10 +251,9 @@ _BY_PARTS = 2_000_000_000
 
 
 class Undo:
-    """Puts a model back as it was before a cut, which it must be given to.
+    """Puts a model back as it was before a cut.
 
-    Small models are kept as they were. Of large ones only what the cut takes away is kept, so that
-    there is never a second model in memory; their tensors are then put together again.
+    Of large models only what the cut takes away is kept, and their tensors are put together again.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -268,7 +264,7 @@ class Undo:
         self._parts: list[tuple[Places, list[Taken]]] = []
 
     def keep(self, places: Places, taken: list[Taken]) -> None:
-        """Keep what is taken from the parameter at some places, of a large model in its stead."""
+        """Keep what a cut takes from a parameter, of a large model in place of the parameter."""
         if self._by_parts:
             self._parts.append((places, taken))
             for owner, key in places:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_pruner.errors import InfeasibleError, require_kind
+from llm_pruner.errors import InfeasibleError
 from llm_pruner.files.ranges import format_ranges
 from llm_pruner.settings.options import near
 from llm_pruner.types import Discovery, Group, IntArray, Removal
@@ -26,15 +26,9 @@ def unit_problems(group: Group, units: IntArray) -> list[str]:
     if left == 0:
         return [f"removes all {group.size} units; at least one must stay"]
     if left < group.least:
-        return [
-            f"leaves {left} units, but the model chooses {group.least} of them for every token; "
-            f"keep at least {group.least}"
-        ]
+        return [f"leaves {left} units; the model chooses {group.least} of them for every token"]
     if left % group.multiple:
-        return [
-            f"leaves {left} units, but the model's grouped products need a multiple of "
-            f"{group.multiple}; remove more or fewer"
-        ]
+        return [f"leaves {left} units; grouped products need a multiple of {group.multiple}"]
     return []
 
 
@@ -62,11 +56,7 @@ def checked_removal(discovery: Discovery, removal: Mapping[str, Any]) -> dict[st
 
     Raises:
         InfeasibleError: a group is unknown, or has no such units.
-        UserError: an argument is of another kind.
     """
-    require_kind("discovery", discovery, Discovery, "what discover returned")
-    way = "the units of each group by its name, such as plan.removal(groups)"
-    require_kind("removal", removal, Mapping, way)
     found: dict[str, IntArray] = {}
     for name, units in removal.items():
         if name not in discovery.by_name:
@@ -81,18 +71,14 @@ def checked_removal(discovery: Discovery, removal: Mapping[str, Any]) -> dict[st
 
 def _numbers(group: Group, units: Any) -> IntArray:
     """Return units in any collection, or the places where a mask is true, sorted."""
-    try:
-        values = np.array(units.tolist() if hasattr(units, "tolist") else [*units])
-    except (TypeError, ValueError):  # no collection, or one of lists of several lengths
-        values = np.array(None)
+    values = np.array(units.tolist() if hasattr(units, "tolist") else [*units])
     if values.dtype == bool and values.shape == (group.size,):
         return np.flatnonzero(values)
     if values.ndim == 1 and (values.dtype.kind in "iu" or not len(values)):
         return np.sort(values.astype(np.int64))
-    shown = " ".join(repr(units).split())
     raise InfeasibleError(
-        f"{group.name}: {shown[:40]}{'...' if len(shown) > 40 else ''} names no units; give whole "
-        f"numbers, such as [0, 3], or a mask of {group.size} truth values"
+        f"{group.name}: units are whole numbers, such as [0, 3], or a mask of {group.size} truth "
+        f"values, not {str(units)[:40]}"
     )
 
 

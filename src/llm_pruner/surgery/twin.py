@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from llm_pruner.errors import InfeasibleError, VerificationError, require_kind
+from llm_pruner.errors import InfeasibleError, VerificationError, in_short
 from llm_pruner.models.forward import module_of, token_ids
 from llm_pruner.models.streaming import is_streamed, zeroed
 from llm_pruner.models.synchronized_runs import Job, Outcome, Side, in_step, result_of, together
@@ -161,16 +161,16 @@ def twin_logits(
     Args:
         model: the dense model that was traced; it comes back unchanged.
         removal: group name -> units, in any collection, or a mask that is true for them.
-        tokens: token ids (batch, sequence) for the first way in which the model was traced; by
-            default it is run in all of them, on seeded random ones.
+        tokens: token ids, shape (batch, sequence), for the first scene of the trace; None for all
+            scenes with random tokens.
 
     Returns:
         One tensor (batch, tokens of the call, vocabulary) per call of the model.
 
     Raises:
-        InfeasibleError: a group is unknown, or has no such units; or another model was
-            traced, or this one before it was cut.
-        UserError: an argument is of another kind; or the tokens are none of the model's.
+        InfeasibleError: a group is unknown, or has no such units; or the discovery is not of this
+            model.
+        UserError: the tokens are none of the model's.
     """
     model, removal = module_of(model), checked_removal(discovery, removal)
     if changed := changed_since(model, discovery):
@@ -185,7 +185,7 @@ def pruned_logits(
 
     Raises:
         VerificationError: the model cannot run.
-        UserError: an argument is of another kind; or the tokens are none of the model's.
+        UserError: the tokens are none of the model's.
     """
     model = module_of(model)
     return joined(run_pruned(model, _scenes(model, discovery, tokens)))
@@ -195,7 +195,6 @@ def _scenes(
     model: nn.Module, discovery: Discovery, tokens: torch.Tensor | None
 ) -> tuple[Scene, ...]:
     """Return the ways in which a model was traced, or the first one on these tokens."""
-    require_kind("discovery", discovery, Discovery, "what discover returned")
     scenes: tuple[Scene, ...] = discovery.graph.scenes
     return scenes if tokens is None else (replace(scenes[0], tokens=token_ids(tokens, model)),)
 
@@ -269,10 +268,8 @@ def _pruned_scene(scene: Scene, tokens: torch.Tensor, model: nn.Module) -> Logit
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model's code may end in any
-        text = str(error).strip()
-        cause = text.splitlines()[0] if text else type(error).__name__
         raise VerificationError(
-            f"the pruned model cannot run on {scene.name} ({cause}); nothing was saved. "
+            f"the pruned model cannot run on {scene.name} ({in_short(error)}); nothing was saved. "
             "Leave the structure out with --structures, and please report the model."
         ) from error
     return [few(tensor.detach()).clone() for tensor in logits]

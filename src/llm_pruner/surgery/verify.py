@@ -1,43 +1,35 @@
-"""The twin: the dense model with the removed units silenced must equal the pruned model."""
+"""Compares a pruned model with its masked twin, the dense model with the removed units silenced."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass
-from fractions import Fraction
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from llm_pruner.errors import InfeasibleError, UserError, VerificationError
+from llm_pruner.errors import InfeasibleError, UserError, VerificationError, in_short
 from llm_pruner.models.forward import is_on_meta, leave_weights_
 from llm_pruner.models.layers import heaviest_list, sharing_copy
 from llm_pruner.models.streaming import (
     computed_in,
-    ends_of,
     in_turns,
     is_model_streamed,
-    keep_dtype_,
 )
 from llm_pruner.models.synchronized_runs import Outcome, result_of
 from llm_pruner.runtime.memory import free_bytes
 from llm_pruner.runtime.precision import exact_products
 from llm_pruner.surgery.cut import Undo, cut_, plan_edits
-from llm_pruner.surgery.removal import checked_removal, removed_positions
+from llm_pruner.surgery.removal import checked_removal
 from llm_pruner.surgery.twin import Logits, joined, run_both, run_pruned, run_twin
 from llm_pruner.tracing.scenes import Scene
 from llm_pruner.types import Discovery, Edits, Removal, bound_to
-
-_SMALL = 500_000_000
-"""Parameters up to which all of a model is copied to float64 where float32 is not enough; of a
-larger one the block that runs is."""
 
 _FINER = 1000
 """How many times less a model and its twin differ in float64 if rounding is all that they differ
@@ -46,13 +38,7 @@ by; the types have 2^29 between them, and some code computes parts in float32.""
 
 @dataclass(frozen=True)
 class Verified:
-    """What a pruned model was compared with its masked twin on.
-
-    Attributes:
-        difference: largest absolute difference of two logits.
-        scenes: the ways in which both were run.
-        skipped: those in which the dense model gives no result that could be compared.
-    """
+    """The largest difference of two logits, the scenes compared, and those that could not be."""
 
     difference: float
     scenes: tuple[str, ...]
@@ -65,10 +51,8 @@ def prune_(
     """Remove units from a model in place and return what was changed.
 
     Tied weights stay tied, ``requires_grad`` stays as it was, and removed layers are gone with all
-    they hold. The new tensors hold exactly the values of the positions that were kept. A config of
-    transformers stays that of the dense model, but for layers: their number and what is listed for
-    each are set in a copy. So do sizes that modules state and do not read; ``save_checkpoint``
-    writes the ones that fit.
+    they hold. The new tensors hold exactly the kept values. The config stays the dense model's, but
+    for the number of layers; ``save_checkpoint`` writes sizes that fit.
 
     Args:
         model: the model that was traced.
@@ -94,14 +78,13 @@ def cut_verified_(
     """Remove units in place; the result must equal the masked dense model, or all is undone.
 
     Both are run as the model was traced: on short and on long input, with padding, through
-    ``generate`` and in training mode. The dense model is run before the cut, so that there is one
-    model in memory, and what the cut took; a streamed one beside the pruned model, block by block.
-    In bfloat16 and float16 rounding hides much, so a copy in float32 is compared first, of which
-    there is one block at a time if there is no room for all.
+    ``generate`` and in training mode. The dense model runs before the cut, so that there is one
+    model in memory; a streamed one runs beside the pruned model, block by block. Rounding in
+    bfloat16 and float16 hides much, so a copy in float32 is compared first.
 
     Raises:
         InfeasibleError: before anything is touched.
-        VerificationError: they differ; names the groups at fault.
+        VerificationError: they differ; names the structures at fault.
     """
     plan_edits(model, discovery, removal)
     leave_weights_(model)
@@ -136,7 +119,7 @@ def cut_verified_(
             raise VerificationError(
                 f"the pruned model differs from its masked twin by {difference:.3g} "
                 f"(limit {limit:.1g}) on {scene.name}; at fault: "
-                f"{', '.join(names) or 'only groups in combination'}; nothing was saved. "
+                f"{', '.join(names) or 'structures in combination'}; nothing was saved. "
                 "Leave the structure out with --structures, and please report the model."
             )
         edits = cut_(model, discovery, removal)
@@ -159,15 +142,8 @@ def _verified_in_float32(
     Raises:
         VerificationError: it is not its masked twin.
     """
-    streamed = is_model_streamed(model)
     try:
-        with computed_in(model, torch.float32) if streamed else nullcontext():
-            if streamed:
-                wide = sharing_copy(model)
-            elif _has_room(model, copies=1):
-                wide = deepcopy(model).float()
-            else:
-                wide = in_turns(model, torch.float32)
+        with _computing_in(model, torch.float32) as wide:
             return cut_verified_(wide, discovery, removal)[1]
     except VerificationError as error:
         if error.__cause__ is None:
@@ -177,28 +153,31 @@ def _verified_in_float32(
     return None
 
 
+@contextmanager
+def _computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
+    """Yield a copy of a model in float32 or float64, or one that is widened block by block."""
+    if is_model_streamed(model):
+        with computed_in(model, dtype):
+            yield sharing_copy(model)
+        return
+    weights = [*model.parameters()]
+    needed = sum(one.numel() * (dtype.itemsize + one.itemsize) for one in weights)
+    if all(needed < free_bytes(str(device)) for device in {one.device for one in weights}):
+        copy = deepcopy(model)
+        yield copy.float() if dtype == torch.float32 else copy.double()
+    else:
+        yield in_turns(model, dtype)
+
+
 def _is_short(model: nn.Module) -> bool:
     """Whether a model has weights in bfloat16 or another type shorter than float32."""
     return any(one.is_floating_point() and one.itemsize < 4 for one in model.parameters())
 
 
-def _has_room(model: nn.Module, copies: int) -> bool:
-    """Whether there is memory for a model in float32 once more; a streamed one needs none."""
-    if is_model_streamed(model):
-        return True
-    parameters = [*model.parameters()]
-    bytes_ = sum(one.numel() * (4 + copies * one.itemsize) for one in parameters)
-    return all(bytes_ < free_bytes(str(device)) for device in {one.device for one in parameters})
-
-
 def _cut_and_run(
     model: nn.Module, discovery: Discovery, removal: Removal, undo: Undo
 ) -> tuple[Edits, dict[str, Logits], Iterable[Outcome[Logits]], list[str]]:
-    """Return what was changed, what is expected in each scene, what comes out, and what is skipped.
-
-    Raises:
-        VerificationError: the twin cannot run in a scene that is needed.
-    """
+    """Return what was changed, scene -> what is expected, what comes out, and what is skipped."""
     scenes = discovery.graph.scenes
     if is_model_streamed(model):
         dense = sharing_copy(model)
@@ -228,19 +207,18 @@ def _expected(
         if isinstance(found, BaseException):
             if scene.needed:
                 raise VerificationError(
-                    f"the masked dense model cannot run on {scene.name} ({type(found).__name__}: "
-                    f"{' '.join(str(found).split())[:200]}), so nothing was pruned; please report "
-                    "the model, and use --no-verify to prune it all the same"
+                    f"the masked dense model cannot run on {scene.name} ({in_short(found)}), so "
+                    "nothing was pruned; please report the model, and use --no-verify to prune it "
+                    "all the same"
                 ) from found
             skipped.append(scene.name)
         elif all(map(_is_finite, found)):
             expected[scene.name] = found
         elif scene.needed:
             raise VerificationError(
-                f"the masked dense model gives numbers that are not finite on {scene.name}, so no "
-                "pruned model can be compared with it, and nothing was pruned; check its weights, "
-                "leave the structure out with --structures, or use --no-verify to prune it all the "
-                "same"
+                f"the masked dense model gives numbers that are not finite on {scene.name}, so "
+                "nothing was pruned; check its weights, leave the structure out with --structures, "
+                "or use --no-verify to prune it all the same"
             )
         else:
             skipped.append(f"{scene.name} (not finite)")
@@ -270,17 +248,11 @@ def _is_rounding(
     Then they differ ``_FINER`` times less in float64. A model that cannot be run in it is not said
     to round, nor one that gives what is not finite where its twin does not.
     """
-    streamed, weights = is_model_streamed(model), list(model.parameters())
     scenes, differences = [one.scene for one in differ], [one.difference for one in differ]
-    if any(weight.dtype != torch.float32 for weight in weights) or math.inf in differences:
+    if any(one.dtype != torch.float32 for one in model.parameters()) or math.inf in differences:
         return False
-    large = sum(weight.numel() for weight in weights) > _SMALL
     try:
-        with computed_in(model, torch.float64) if streamed else nullcontext():
-            fine = model
-            if not streamed:
-                fine = in_turns(model, torch.float64) if large else deepcopy(model).double()
-            _leave_heads_(fine, discovery, removal)
+        with _computing_in(model, torch.float64) as fine:
             left, right, _ = _twin_and_copy(fine, discovery, removal, scenes)
     except torch.OutOfMemoryError:
         raise
@@ -290,24 +262,11 @@ def _is_rounding(
     return math.isfinite(beyond) and beyond * _FINER <= min(differences)
 
 
-def _leave_heads_(model: nn.Module, discovery: Discovery, removal: Removal) -> None:
-    """Have heads that lose nothing compute in float32, whose weights would be twice as large.
-
-    What goes into them is the same to the last bit of that, or the two are not each other's twins.
-    """
-    cut = {name for name, _ in removed_positions(discovery, removal)}
-    names = {id(one): name for name, one in model.named_parameters()}
-    for end in ends_of(model):
-        if type(end) is nn.Linear and names[id(end.weight)] not in cut:
-            for one in end.parameters():
-                keep_dtype_(one, torch.float32)
-
-
 def difference_beyond_float32(left: Logits, right: Logits) -> float:
     """Return the largest difference of two runs in float64; infinite as `largest_difference` is.
 
-    Of logits that are float32 all the same, which ``generate`` makes of all, without what their
-    own rounding explains.
+    ``generate`` makes float32 of all logits; of these, what their own rounding explains is left
+    out.
     """
     worst, size = 0.0, _size(left)
     for a, b in zip(left, right, strict=True):
@@ -339,13 +298,11 @@ def require_same(
 ) -> None:
     """Raise VerificationError if a model gives other logits once it is saved and loaded again.
 
-    Both are run on short and on long input: a folder that is right there is right with padding and
-    in training mode, too. Both compute in float32, one after the other, or one block after the
-    other where there is no room for that.
+    Both run on short and on long input, in float32: one after the other, or by blocks where there
+    is no room for that.
 
     Args:
-        verified: what was said of the model when it was cut; in what could not be compared then,
-            it is not compared now.
+        verified: the scenes that could be compared when the model was cut; None for all.
     """
     scenes = [
         one
@@ -372,15 +329,9 @@ def _runs_compared(
 ) -> list[tuple[float, float]]:
     """Return by how much the runs of two models differ in each scene, and by how much they may."""
 
-    @contextmanager
-    def widened(one: nn.Module) -> Iterator[nn.Module]:
-        if not wider or not _is_short(one):
-            yield one
-        elif not _has_room(one, copies=0):
-            yield in_turns(one, torch.float32)
-        else:
-            with computed_in(one, torch.float32):
-                yield one
+    def widened(one: nn.Module) -> AbstractContextManager[nn.Module]:
+        short = wider and _is_short(one)
+        return _computing_in(one, torch.float32) if short else nullcontext(one)
 
     with widened(model) as wide:
         expected = [*map(result_of, run_pruned(wide, scenes))]
@@ -396,9 +347,8 @@ def _runs_compared(
 
 
 def _take_unrounded_(loaded: nn.Module, model: nn.Module) -> None:
-    """Give a model, in float32 now, those values of buffers that its shorter type has rounded.
-
-    What no file holds, as the scale of Gemma's embeddings, is computed in the type of the model.
+    """Give a model, in float32 now, the unrounded values of buffers that no file holds, such as the
+    scale of Gemma's embeddings.
     """
     known = dict(model.named_buffers())
     kinds = (torch.bfloat16, torch.float16)
@@ -429,9 +379,8 @@ def _is_random(model: nn.Module, differs: _Difference) -> bool:
     random = limit < difference < math.inf
     if random and scene.needed:
         raise VerificationError(
-            f"the model gives something else each time it runs on {scene.name}, so no pruned model "
-            "can be compared with it, and nothing was pruned; switch off what is random (dropout, "
-            "sampling), or use --no-verify to prune it all the same"
+            f"the model gives something else each time it runs on {scene.name}, so nothing was "
+            "pruned; switch off what is random, or use --no-verify to prune it all the same"
         )
     return random
 
@@ -455,10 +404,8 @@ def largest_difference(left: list[torch.Tensor], right: list[torch.Tensor]) -> f
 def tolerance(logits: list[torch.Tensor], model: nn.Module | None = None, length: int = 8) -> float:
     """Return the largest difference that rounding explains: 1e-5 of the logits' size in float32.
 
-    Never below 1e-5; bfloat16 and float16 models are judged by the precision of their own type,
-    which is that of the logits unless ``generate`` made float32 of them. In float32, sums over more
-    than 64 tokens round more, in proportion, and so do more than 8 layers, by the root of their
-    number.
+    Never below 1e-5; shorter types are judged by their own precision. In float32, more than 64
+    tokens round more, in proportion, and more than 8 layers by the root of their number.
     """
     size = max(1.0, _size(logits))
     types, depth = {logits[0].dtype}, 1
@@ -471,10 +418,9 @@ def tolerance(logits: list[torch.Tensor], model: nn.Module | None = None, length
 
 
 def _size(logits: Logits) -> float:
-    """Return the largest absolute value, but for tokens that are given one value everywhere.
+    """Return the largest absolute value, but for tokens that have one value everywhere.
 
-    That is written there, such as -1e9 or the least number of the type where a token is never to
-    be written; it is not rounded, and would hide any difference of the others.
+    Such a value, as -1e9 for a token that is never to be written, would hide any difference.
     """
     by_width: dict[int, list[torch.Tensor]] = defaultdict(list)
     for one in filter(torch.Tensor.numel, logits):
@@ -488,37 +434,28 @@ def _size(logits: Logits) -> float:
 def find_culprits(
     model: nn.Module, discovery: Discovery, removal: Removal, scene: Scene
 ) -> list[str]:
-    """Return the groups that differ from the twin when they are pruned without the others.
+    """Return the structures that differ from the twin when they are pruned without the others.
 
-    Groups that are bound to each other are tried together, and query heads with the heads that
-    share them. They are halved again and again, and a half that is right is not looked into.
+    Structures whose groups are bound to each other are tried together, and query heads with the
+    heads that share them.
     """
-    losing = {group.name: group for group in discovery.groups if group.name in removal}
-    bundles: dict[str, dict[str, Fraction]] = {}
-    for name, units in removal.items():
-        if len(units):
-            owner = losing.get(losing[name].owner or "", losing[name])
-            leader = bound_to(owner.name, losing)
-            bundles.setdefault(min(leader), leader).update(bound_to(name, losing))
-
-    def differ(parts: Sequence[Iterable[str]]) -> bool:
-        part = {name: removal[name] for name in chain.from_iterable(parts)}
+    losing = {name: discovery.group(name) for name, units in removal.items() if len(units)}
+    kinds: dict[str, set[str]] = {}  # kind -> kinds that go with it, itself among them
+    for name, group in losing.items():
+        owner = losing.get(group.owner or "", group)
+        bound = {losing[one].kind for one in (*bound_to(name, losing), owner.name)}
+        merged = bound.union(*(kinds.get(one, {one}) for one in bound))
+        kinds |= dict.fromkeys(merged, merged)
+    culprits: list[str] = []
+    for together in {id(one): one for one in kinds.values()}.values():
+        part = {name: removal[name] for name, group in losing.items() if group.kind in together}
         try:
             expected, actual, smaller = _twin_and_copy(model, discovery, part, [scene])
             difference, limit = _compared(expected, actual, smaller, scene)
         except VerificationError:
-            return True
+            difference, limit = math.inf, 0.0
         except InfeasibleError:  # what goes only with others cannot be judged by itself
-            return len(parts) > 1
-        return difference > limit
-
-    def among(parts: Sequence[Iterable[str]]) -> list[str]:
-        if not parts or not differ(parts):
-            return []
-        if len(parts) == 1:
-            return [*parts[0]]
-        middle = len(parts) // 2
-        return among(parts[:middle]) + among(parts[middle:])
-
-    parts = [*bundles.values()]
-    return among(parts[: len(parts) // 2]) + among(parts[len(parts) // 2 :])
+            continue
+        if difference > limit:
+            culprits += sorted(together)
+    return culprits

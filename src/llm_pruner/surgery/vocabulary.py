@@ -64,12 +64,8 @@ def _tables(model: Any) -> dict[str, nn.Module]:
 def with_tokens_of(dense: LoadedModel, student: LoadedModel) -> LoadedModel:
     """Return a dense model that has the student's tokens alone, so that the two can be compared.
 
-    Its logits of these tokens are what they were. Which they are is told by the texts that both
-    tokenizers have for them.
-
-    Returns:
-        ``dense`` itself where they have the same tokens already, or where the student has others;
-        else a copy that shares all weights but the embeddings, and whose name says so.
+    Tokens are matched by their texts. It is ``dense`` itself where the student has the same tokens
+    or others; else a copy that shares all weights but the embeddings.
     """
     if dense.tokenizer is None or student.tokenizer is None:
         return dense
@@ -84,16 +80,13 @@ def with_tokens_of(dense: LoadedModel, student: LoadedModel) -> LoadedModel:
     model: Any = sharing_copy(dense.model)
     cut_vocabulary_(model, kept)
     name = f"{dense.name}, {len(kept):,} of its tokens"
-    # What it writes and says is kept by this, and is told in numbers of these tokens.
     own = short_digest(dense.fingerprint, kept.tobytes())
     model = model.eval()
     return replace(dense, model=model, tokenizer=student.tokenizer, name=name, fingerprint=own)
 
 
 def cut_vocabulary_(model: Any, kept: npt.NDArray[np.int64]) -> Edits:
-    """Keep the rows of some tokens in the input and output embeddings, and renumber the settings.
-
-    So are the rows of whole numbers that a model has for each token, such as the experts of each.
+    """Keep the rows of some tokens in the embeddings, and renumber the settings.
 
     Args:
         model: of transformers; tied embeddings stay tied.
@@ -140,17 +133,14 @@ def cut_vocabulary_(model: Any, kept: npt.NDArray[np.int64]) -> Edits:
     for config in _configs(model):
         _rewrite_(config, new.__getitem__)
     if writing is not None and as_published:
-        # Changed settings are saved only where all of them make sense, and these are another's.
+        # Else transformers checks all of the published settings before it saves them.
         writing._original_object_hash = hash(writing)
     ours, named = {*map(id, cut.values())}, model.named_parameters(remove_duplicate=False)
     return Edits(shapes={name: (*one.shape,) for name, one in named if id(one) in ours})
 
 
 def _configs(model: Any) -> list[Any]:
-    """Return the settings of a model and of what writes with it, each once.
-
-    Those of its parts that have a vocabulary of their own name tokens of that.
-    """
+    """Return the configs of a model, but for parts that have a vocabulary of their own."""
     parts = (
         one
         for one in vars(model.config).values()
