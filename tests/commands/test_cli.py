@@ -77,7 +77,7 @@ def test_empty_calibration_files(work: Path, unloaded: None) -> None:
 def test_out_is_never_the_model(work: Path, tiny: Path, unloaded: None) -> None:
     model = copy(tiny, work / "model")
     said = refused("prune", model, "--out", "model", "--ratio", 0.2, "--overwrite")
-    assert said == "model is read by this command, so it is not replaced; give another --out"
+    assert said.startswith("model is not replaced, since this command reads ")
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_structures_that_the_model_lacks_and_layers_that_it_lacks(work: Path, ti
     said = refused(*options, "--layers", "ffn=2-40")
     assert said == ("layer range ffn=2-40 goes past the last layer; the model has 6 layers, 0 to 5")
     said = refused("inspect", tiny, "--layer", 6)
-    assert said == "--layer 6: the model has layers 0 to 5; give one of these"
+    assert said == "--layer 6: the model has layers 0 to 5"
 
 
 def test_calibration_text_that_is_too_short(work: Path, tiny: Path) -> None:
@@ -291,7 +291,7 @@ def test_slips_of_the_pen_exit_with_2_and_a_hint() -> None:
     for args, said in (
         (["prun"], "No such command 'prun'. Did you mean 'prune'?"),
         (["prune", "x", "--rato", "0.2"], "No such option: --rato"),
-        (["prune", "x", "--ratio", "much", "--out", "y"], "Invalid value for '--ratio'"),
+        (["prune", "x", "--ratio", "much", "--out", "y"], "--ratio much should be a valid number"),
         (["prune", "x"], "no --out given; add --out DIR"),
         (["inspect"], "no MODEL given; name one"),
         (["prune"], "no MODEL and no --out given; name one and add --out DIR"),

@@ -9,7 +9,6 @@ from textwrap import fill
 from typing import Annotated, Any, TypeVar
 
 import typer
-from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
@@ -19,8 +18,6 @@ from llm_pruner.settings.common import once, pairs
 from llm_pruner.settings.options import Option, Settings, kinds_of, option_name, option_of
 
 _S = TypeVar("_S", bound=Settings)
-_PLAIN = (bool, int, float, Path)
-"""Types that the command line reads itself; all else comes as text, which the settings read."""
 
 Json = Annotated[
     str | None,
@@ -92,7 +89,7 @@ def add(
             _list_settings(kind)
             return
         given = {field: value for field, value in values.items() if value not in (None, [])}
-        settings = kind.read({**given, **kind.from_texts(texts)}, config)
+        settings = kind.read({**given, **kind.from_texts(texts)}, config and Path(config))
         check_json(json, getattr(settings, "out", getattr(settings, "report", None)))
         run(settings, json)
 
@@ -117,7 +114,7 @@ def setting_words(kind: type[Settings]) -> Iterator[tuple[str, str]]:
     preset, shown = kind.of_preset(None), kind.shown()
     for name, field in kind.model_fields.items():
         if name not in shown:
-            yield name, _words(name, field, option_of(field), preset)
+            yield name, _words(name, field, preset)
 
 
 def _list_settings(kind: type[Settings]) -> None:
@@ -126,75 +123,60 @@ def _list_settings(kind: type[Settings]) -> None:
         print(fill(words, 80, initial_indent=f"  {name:<16}  ", subsequent_indent=" " * 20))
 
 
-def _options(kind: type[Settings]) -> dict[str, Option]:
-    """Return how the fields are shown, in the order of the help."""
-    found, own = kind.shown(), inspect.get_annotations(kind)
-    order = {panel: number for number, panel in enumerate(kind.panels)}
-    names = sorted(found, key=lambda name: (order.get(str(found[name].panel), -1), name not in own))
-    return {name: found[name] for name in names}
-
-
 def _parameters(kind: type[Settings]) -> list[tuple[str, Any]]:
-    preset = kind.of_preset(None)
+    """Return (name, annotation for Typer) of the options, in the order of the help.
+
+    All but switches come as text, which the settings read.
+    """
+    preset, shown, own = kind.of_preset(None), kind.shown(), inspect.get_annotations(kind)
+    order = {panel: number for number, panel in enumerate(kind.panels)}
     parameters: list[tuple[str, Any]] = []
-    for name, option in _options(kind).items():
-        field = kind.model_fields[name]
-        shape, words = _shape(field), _words(name, field, option, preset)
+    for name in sorted(shown, key=lambda n: (order.get(str(shown[n].panel), -1), n not in own)):
+        option, field = shown[name], kind.model_fields[name]
+        words = _words(name, field, preset)
         if option.positional:
-            how: Any = typer.Argument(metavar=option.metavar, help=words)
-            parameters.insert(0, (name, Annotated[shape | None, how]))
+            how = typer.Argument(metavar=option.metavar, help=words)
+            parameters.insert(0, (name, Annotated[str | None, how]))
             continue
         flags = [option_name(name), *filter(None, [option.short])]
-        if shape is bool and field.default is not False:
-            flags = [f"{option_name(name)}/--no-{option_name(name)[2:]}"]
-        how = typer.Option(
-            *flags,
-            metavar=option.metavar,
-            help=words,
-            rich_help_panel=option.panel,
-            show_default=False,
-        )
-        parameters.append((name, Annotated[shape | None, how]))
-    config = typer.Option(
-        "--config",
-        metavar="FILE",
-        help="YAML file with options and settings; those beside it win.",
-        show_default=False,
-    )
-    texts = typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Set what has no option of its own; --set help lists it. May be given several times.",
-        show_default=False,
-    )
+        many = {once, pairs} & {getattr(one, "func", None) for one in kinds_of(field)[1]}
+        shape: Any = list[str] if many else bool if field.annotation is bool else str
+        parameters.append((name, _typed(shape, *flags, words=words, option=option)))
     return [
         *parameters,
-        ("config", Annotated[Path | None, config]),
+        (
+            "config",
+            _typed(
+                str,
+                "--config",
+                words="YAML file with options and settings; those beside it win.",
+                option=Option("FILE"),
+            ),
+        ),
         ("json", Json),
-        ("set", Annotated[list[str] | None, texts]),
+        (
+            "set",
+            _typed(
+                list[str],
+                "--set",
+                words="Set what has no option of its own, as often as needed; --set help lists it.",
+                option=Option("KEY=VALUE"),
+            ),
+        ),
     ]
 
 
-def _shape(field: FieldInfo) -> Any:
-    """Return the type in which the command line takes a field."""
-    found, readers = kinds_of(field)
-    kinds = [kind for kind in found if kind is not type(None)]
-    functions = [one.func for one in readers if isinstance(one, BeforeValidator)]
-    if once in functions or pairs in functions:
-        return list[str]
-    return kinds[0] if len(kinds) == 1 and kinds[0] in _PLAIN and not functions else str
+def _typed(shape: Any, *flags: str, words: str, option: Option) -> Any:
+    how = {"metavar": option.metavar, "help": words, "rich_help_panel": option.panel}
+    return Annotated[shape | None, typer.Option(*flags, **how, show_default=False)]
 
 
-def _words(name: str, field: FieldInfo, option: Option, preset: dict[str, Any]) -> str:
-    words = str(field.description)
+def _words(name: str, field: FieldInfo, preset: dict[str, Any]) -> str:
+    words, shown = str(field.description), option_of(field).shown
     if field.is_required():
         return f"{words} [required]"
-    shown: Any = preset.get(name, field.default) if option.shown is None else option.shown
-    if isinstance(shown, tuple | list):
-        shown = ",".join(map(str, shown))
-    if isinstance(shown, float):
-        shown = f"{shown:g}"
-    if shown is True:  # a switch that is off by its --no- form
-        shown = "on"
-    hidden = shown is None or shown is False or shown == ""
-    return words if hidden else f"{words} [default: {shown}]"
+    value = preset.get(name, field.default) if shown is None else shown
+    if isinstance(value, tuple | list):
+        value = ",".join(map(str, value))
+    text = f"{value:g}" if isinstance(value, float) else "on" if value is True else str(value)
+    return words if text in ("None", "False", "", "{}") else f"{words} [default: {text}]"

@@ -27,25 +27,21 @@ def run(settings: InspectSettings, json: str | None) -> None:
 
     found, layer = inspect_model(settings), settings.layer
     layers = sorted({g["layer"] for g in found["groups"] if g["layer"] is not None})
-    if layer is None:
-        layer = layers[len(layers) // 2] if layers else None
-    elif layer not in layers:
-        raise UserError(
-            f"--layer {layer}: the model has layers {layers[0]} to {layers[-1]}; give one of these"
-            if layers
-            else f"--layer {layer}: the model has no layers; leave the option out"
-        )
+    if layer is None and layers:
+        layer = layers[len(layers) // 2]
+    if layer is not None and layer not in layers:
+        there = f"layers {layers[0]} to {layers[-1]}" if layers else "no layers"
+        raise UserError(f"--layer {layer}: the model has {there}")
     write_json(found, json)
     if json == "-":
         return
     out = Screen()
     out.print(f"{clean(found['model'])}: {count(found['parameters'])} parameters")
-    here = [g for g in found["groups"] if g["layer"] == layer and layer is not None]
-    across = [g for g in found["groups"] if g["layer"] is None]
-    if here:
-        _show_groups(out, f"Layer {layer} of {len(layers)}", here)
-    if across:
-        _show_groups(out, "Across layers", across)
+    here = {} if layer is None else {f"Layer {layer} of {len(layers)}": layer}
+    for title, of in {**here, "Across layers": None}.items():
+        groups = [group for group in found["groups"] if group["layer"] == of]
+        if groups:
+            _show_groups(out, title, groups)
     _show_kinds(out, found)
     out.print("A parameter can belong to several kinds, so their shares do not add up.\n")
     out.print(_embeddings(found) + "\n")
@@ -84,21 +80,14 @@ def _units(group: dict[str, Any]) -> str:
 
 def _touches(group: dict[str, Any]) -> str:
     """Name the tensors in short, each with the axis and how many positions a unit owns."""
-    members = [m for m in group["members"] if not m["buffer"]]
-    if not members:
-        return f"{len(group['modules'])} modules"
-    # Layers that are built alike differ in nothing that the short names say.
     shown = Counter(
-        f"{_short(m['tensor'])}[{m['dim']}] x{m['positions_per_unit']}" for m in members
+        f"{'.'.join(m['tensor'].split('.')[-2:])}[{m['dim']}] x{m['positions_per_unit']}"
+        for m in group["members"]
+        if not m["buffer"]
     )
     lines = [f"{line} ({times} times)" if times > 1 else line for line, times in shown.items()]
-    if len(lines) > _MOST_LINES:
-        lines[_MOST_LINES - 1 :] = [f"and {len(lines) - _MOST_LINES + 1} more"]
-    return "\n".join(lines)
-
-
-def _short(tensor: str) -> str:
-    return ".".join(tensor.split(".")[-2:])
+    more = [f"and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
+    return "\n".join(lines[:_MOST_LINES] + more) or f"{len(group['modules'])} modules"
 
 
 def _show_kinds(out: Screen, found: dict[str, Any]) -> None:
@@ -122,6 +111,6 @@ def _show_frozen(out: Screen, found: dict[str, Any]) -> None:
         if group["frozen"] is not None:
             places.setdefault(group["frozen"], []).append(group["name"])
     rows = [(why, len(where), where[0]) for why, where in places.items()]
-    rows.sort(key=lambda row: -row[1])
     if rows:
+        rows.sort(key=lambda row: -row[1])
         out.table("Frozen", ("why", "axes or groups", "such as"), rows, text=("such as",))

@@ -183,7 +183,7 @@ def telling_how_to_go_on(kind: Kind, out: Path, *, restart: bool) -> Iterator[No
         if not kind.beside(out).is_dir():
             raise
         # The same command would throw away what there is.
-        how = "the same command without --restart" if restart else "the same command"
+        how = "the same command without restart" if restart else "the same command"
         raise Interrupted(f"interrupted; {how} goes on from here") from None
 
 
