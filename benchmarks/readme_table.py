@@ -72,7 +72,7 @@ def rows(options: argparse.Namespace, read: list[Path], dense: int) -> dict[str,
     minutes: list[Any] = ["--max-minutes", 60]
     few: list[Any] = []
     if options.quick:
-        minutes = ["--set", "max_steps=2", "--set", "seq_len=64", "--samples", 20]
+        minutes = ["--trainer", "max_steps=2", "--set", "seq_len=64", "--samples", 20]
         few = ["--samples", 8, "--set", "seq_len=64", "--repair-minutes", 0]
     texts = [word for file in read[:-1] for word in ("--data", file)]
     for name in ("alpaca", "dolly"):

@@ -35,13 +35,14 @@ HERE = {
     '"HuggingFaceTB/SmolLM2-135M"': '"dense"',
     '"c4"': '"text.txt"',
     '"wikitext2"': '"other.txt"',
-    '"alpaca.jsonl", lp.Lora(': '"text.txt", lp.Lora(max_steps=1, batch_size=2, seq_len=32, ',
+    '"alpaca.jsonl"': '"text.txt"',
+    "lp.Lora(": 'lp.Lora(trainer={"max_steps": 1}, batch_size=2, seq_len=32, ',
     "paper(ratio=0.2": "paper(ratio=0.05, protect_first=1, protect_last=1",
 }
 """What the Python of the pages reads -> what lies in the folder of the tests."""
 SHORT = {
     "prune": "--samples 8 --set seq_len=32",
-    "recover": "--set max_steps=1 --set seq_len=32 --set held_out=4 --samples 20",
+    "recover": "--trainer max_steps=1 --set seq_len=32 --set held_out=4 --samples 20",
     "evaluate": "--set max_tokens=64",
     "vocab": "",
     "chat": "",
@@ -114,9 +115,12 @@ def test_commands_have_their_options(page: Path) -> None:
         parse(words)
     text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
     known = {flag for one in COMMANDS.values() for param in one.params for flag in param.opts}
+    kinds = [one.kind for one in COMMANDS.values() if getattr(one, "kind", None)]
+    fields = {"hidden", *(name for kind in kinds for name in kind.model_fields)}
     for code in re.findall(r"`([^`\n]+)`", text):
         if page.name in ("design.md", "tried.md"):
             continue  # they name what went
+        assert set(re.findall(r"(?:^|--set )([a-z_]+)=", code)) <= fields, code
         if code.split()[0] in COMMANDS and "--" in code:
             name = code.split()[0]
             flags = {flag for param in COMMANDS[name].params for flag in param.opts} | OTHERS
