@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from llm_pruner.errors import DiscoveryError, UserError, require_kind
 
 _STATES = re.compile("hidden|state|cache|key|attention|mem")
+
+_needs_targets: WeakSet[nn.Module] = WeakSet()
 
 
 def module_of(model: Any) -> nn.Module:
@@ -96,10 +99,16 @@ def run_for_logits(
     Raises:
         UserError: there are no logits of three dimensions, or not of all positions.
     """
+    # nanoGPT gives all logits beside a loss, and otherwise those of the last position alone.
+    targets = {"targets": input_ids} if model in _needs_targets else {}
     chosen = {} if positions is None else {"logits_to_keep": positions}
-    output = model(input_ids, **chosen)
+    output = model(input_ids, **targets, **chosen)
     logits = find_logits(output)
     wanted = input_ids.shape[1] if positions is None else len(positions)
+    fewer = logits is not None and logits.ndim == 3 and logits.shape[1] < wanted
+    if fewer and not targets and "targets" in parameters_of(model):
+        _needs_targets.add(model)
+        return run_for_logits(model, input_ids)
     if logits is None or logits.ndim != 3 or logits.shape[1] != wanted:
         raise UserError(
             f"the model returns {type(output).__name__} without logits of shape (samples, seq_len, "
