@@ -147,7 +147,7 @@ def test_an_interrupted_run_goes_on(
     assert result.code == 130
     assert result.err.endswith("interrupted; the same command goes on from here\n")
     assert not Path("late").exists()
-    assert run(*command[:-1], 240).err.startswith("llm-pruner: late.measuring holds an interrupted")
+    assert run(*command[:-1], 240).err.startswith("llm-pruner: the interrupted run has ")
 
     monkeypatch.setattr(
         CurveRun, "point", lambda self, ratio: asked.append(-ratio) or point(self, ratio)

@@ -64,7 +64,7 @@ REFUSED = {
     f"{SMALL} --config no.yaml": "--config no.yaml cannot be read",
     f"{SMALL} --set max_shard_size=5XB": "--max-shard-size '5XB' is no size of a file; use",
     f"{SMALL} --push-to-hub me/small": "--push-to-hub me/small needs an account of the hub; run",
-    "export m --out file": "file exists; give another --out, or --overwrite to replace it",
+    "export m --out file": "--out file exists; give another one, or --overwrite to replace it",
     # Models.
     "inspect nothing": "nothing ",
     "inspect ./nothing": "./nothing does not exist; name a folder with config.json",
@@ -127,7 +127,7 @@ def test_refused_from_python_too() -> None:
 
 @pytest.mark.parametrize("size", ["5GB", "50KB", "0.5GB", " 5 gb ", "1e3MB", "2TB"])
 def test_sizes_that_a_weight_file_can_have(size: str) -> None:
-    outputs.check_shard_size(size)
+    assert outputs.bytes_of(size) > 0
 
 
 @pytest.mark.slow

@@ -430,8 +430,8 @@ def test_an_interrupted_run_is_not_lost_by_accident(work: Path, made: Path) -> N
         Path("better.recovering/run.json").write_text(json.dumps(asked))
         said = refused("recover", made / "small", "--out", "better", *options, "--resume")
         assert said == (
-            f"the interrupted run has {differs}; give the same options, or begin anew with "
-            "--restart"
+            f"the interrupted run has {differs}; give the same options and files, or begin anew "
+            "with --restart"
         )
     done("recover", made / "small", "--out", "better", *options, "--restart")
     assert not Path("better.recovering").exists()
@@ -453,7 +453,7 @@ def test_an_interrupted_run_goes_on_with_its_own_samples(tmp_path: Path) -> None
     said = "the interrupted run has held_out_samples=2 and this one held_out_samples=5; give the"
     with pytest.raises(UserError, match=said):
         begin(WORDS * 20, 5)
-    said = "its data, or what the chat template writes of them .such as the date., changed since"
+    said = "the interrupted run has data_fingerprint="
     with pytest.raises(UserError, match=said):
         begin(WORDS.upper() * 20, 2)
 

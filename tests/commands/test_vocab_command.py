@@ -233,7 +233,7 @@ def test_a_tokenizer_that_does_not_decode_its_bytes_is_refused(work: Path) -> No
     tokenizer.save_pretrained(dense)
     (dense / "generation_config.json").unlink()
     said = refused("vocab", dense, "--text", text, "--out", "small", "--size", 262)
-    assert "with fewer tokens the tokenizer gives '<0x" in said
+    assert "with fewer tokens the tokenizer does not give back the text" in said
     assert "so tokens cannot be taken from it" in said
     assert not (work / "small").exists()
 

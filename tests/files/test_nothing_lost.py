@@ -25,7 +25,7 @@ import llm_pruner.commands.recover as recovering
 from command import contents, done, refused, run, save_tiny, write_text
 from llm_pruner.commands.workdir import COMPRESSING, RECOVERING, begun, move_result, opened
 from llm_pruner.errors import LLMPrunerError, UserError
-from llm_pruner.files.disk import allocate, new_folder, put
+from llm_pruner.files.disk import new_folder, put
 from llm_pruner.files.outputs import (
     MANIFEST,
     atomic_directory,
@@ -34,6 +34,7 @@ from llm_pruner.files.outputs import (
     not_ours,
     write_output,
 )
+from llm_pruner.recovery.distill import allocate
 from llm_pruner.report.data import report_in
 from llm_pruner.runtime.processes import new_python
 from llm_pruner.runtime.signals import ended_alike

@@ -21,7 +21,6 @@ from llm_pruner.data.text import SELF, shares_of
 from llm_pruner.evaluation import result_cache
 from llm_pruner.files.outputs import (
     check_output,
-    check_shard_size,
 )
 from llm_pruner.models.load import check
 from llm_pruner.runtime.processes import check_trains
@@ -36,7 +35,6 @@ from llm_pruner.version import __version__
 def check_settings(settings: CompressSettings, work: Path) -> None:
     """Raise UserError for places, texts and models that cannot be used."""
     check_output(settings.out, settings.overwrite, settings.reads)
-    check_shard_size(settings.max_shard_size)
     pruning = settings.pruning(settings.out)
     criterion_of(pruning)
     if not work.is_dir():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_pruner.errors import UserError
-from llm_pruner.files.outputs import check_new_file, free_bytes
+from llm_pruner.files.outputs import check_file, free_bytes
 from llm_pruner.models.checkpoint_files import stored_at
 from llm_pruner.models.load import load
 from llm_pruner.report.text import megabytes
@@ -31,7 +31,7 @@ def export(settings: ExportSettings) -> Exported:
     """Write a model as a file of another program; UserError, before that, if it cannot be."""
     form, out = entry("export/formats", settings.to), settings.out
     form.require(settings.type, settings.like)
-    check_new_file(out, form.MAGIC, settings.overwrite, settings.reads)
+    check_file("--out", out, "GGUF", settings.reads, overwrite=settings.overwrite)
     loaded = load(settings, tokenizer_required=False)
     folder = stored_at(settings.model, settings.revision)
     assert folder is not None  # since it was loaded

@@ -29,7 +29,7 @@ from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import NeedsMemory, UserError
 from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.files.disk import placed
-from llm_pruner.files.outputs import check_shard_size, write_output
+from llm_pruner.files.outputs import check_file, check_output, write_output
 from llm_pruner.importance import score
 from llm_pruner.models.activation_store import HiddenStates
 from llm_pruner.models.checkpoint_files import stored_size
@@ -188,8 +188,10 @@ class PruneRun:
     def check_files(self) -> None:
         """Check files, disk and text, since loading a model may take minutes."""
         settings = self.settings
-        start.check_out(settings.out, settings.overwrite, settings.dry_run, settings.reads)
-        check_shard_size(settings.max_shard_size)
+        if settings.dry_run:
+            check_file("--out", settings.out, "plan", settings.reads, overwrite=settings.overwrite)
+        else:
+            check_output(settings.out, settings.overwrite, settings.reads)
         check_push(settings)
         if self.target is not None and not settings.dry_run:
             start.check_space(settings.out, settings.loading(), self.target)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -152,18 +151,6 @@ def without_folders(mixture: str) -> str:
     equal = len({*shares.values()}) == 1
     parts = (f"{Path(one).name}{'' if equal else f':{n:g}'}" for one, n in shares.items())
     return ",".join(parts)
-
-
-def check_out(out: Path, overwrite: bool, dry_run: bool, reads: Sequence[outputs.Source]) -> None:
-    """Raise UserError if a run cannot write to ``out``: a folder, or with ``dry_run`` a file."""
-    if not dry_run:
-        outputs.check_output(out, overwrite, reads)
-    elif out.is_dir():
-        raise UserError(f"{out} is a folder; with --dry-run, --out names the plan file to write")
-    elif out.is_file() and not overwrite:
-        raise UserError(f"{out} exists; give another --out, or --overwrite to replace it")
-    else:
-        outputs.check_file("--out", out, "plan", reads)
 
 
 def check_space(

@@ -43,7 +43,6 @@ from llm_pruner.files.outputs import (
     RECOVERY_FILE,
     check_output,
     check_place,
-    check_shard_size,
     write_output,
 )
 from llm_pruner.models.checkpoint_files import dtype_named, local_path, records_of, stored_size
@@ -436,7 +435,6 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
     """Raise UserError for what can be refused without reading anything; the run is in ``work``."""
     check_training(settings)
     check_output(settings.out, settings.overwrite, settings.reads)
-    check_shard_size(settings.max_shard_size)
     check_push(settings)
     if settings.teacher_cache is not None:
         if settings.teacher is None:

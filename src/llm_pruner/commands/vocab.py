@@ -20,7 +20,7 @@ from llm_pruner.data.text import Documents, EvaluationText, load_documents, read
 from llm_pruner.data.vocabulary import Ids, Vocabulary, vocabulary_of
 from llm_pruner.errors import UserError, VerificationError
 from llm_pruner.evaluation.perplexity import perplexity
-from llm_pruner.files.outputs import check_output, check_shard_size, write_output
+from llm_pruner.files.outputs import check_output, write_output
 from llm_pruner.models.checkpoint_files import records_of
 from llm_pruner.models.forward import embedding_rows, maximum_length
 from llm_pruner.models.gguf_file import drop_tokens_beyond_
@@ -80,7 +80,6 @@ def vocab(settings: VocabSettings) -> Trimmed:
     """
     only_one("vocab")
     check_output(settings.out, settings.overwrite, settings.reads)
-    check_shard_size(settings.max_shard_size)
     check_push(settings)
     check_space(settings.out, settings.loading())
     tokenizer = load_tokenizer(settings.loading())

@@ -164,12 +164,11 @@ def opened(folder: Path, settings: Mapping[str, Any], *, restart: bool) -> Itera
             empty(folder)
         for left in folder.glob(".*.partial-*"):  # of a process that was killed
             remove(left)
-        asked = _flat(json.loads(json.dumps(settings)))
         found = read_values(folder / _SETTINGS)
         if found is None:
-            write_output(folder / _SETTINGS, json.dumps(asked, indent=1) + "\n")
+            write_output(folder / _SETTINGS, json.dumps(settings, indent=1) + "\n")
         else:
-            _require_same(folder, found, asked)
+            _require_same(found, settings)
         yield Work(folder, continued=found is not None)
 
 
@@ -186,23 +185,13 @@ def contents(sources: Iterable[str]) -> dict[str, str | None]:
 
 def begin_or_go_on(work: Path, facts: dict[str, Any], *, resume: bool, writes: bool) -> None:
     """Write the settings of a recovery, if this process writes; refuse to resume another one."""
-    file, now = work / RUN, json.loads(json.dumps(facts))
-    old = (read_values(file) if resume else None) or now
-    differ = [key for key in facts if key not in _CHANGEABLE and old.get(key) != now[key]]
-    if differ == [_DATA]:
-        raise UserError(
-            "the samples are not those of the interrupted run: its data, or what the chat template "
-            "writes of them (such as the date), changed since; restore them, or begin anew with "
-            "--restart"
-        )
-    differ.sort(key=lambda key: key == _DATA)  # another option changes it, too
-    for key in differ[:1]:
-        raise UserError(
-            f"the interrupted run has {key}={old.get(key)} and this one {key}={facts[key]}; give "
-            "the same options, or begin anew with --restart"
-        )
+    old = read_values(work / RUN) if resume else None
+    if old is not None:
+        now = {name: of for name, of in facts.items() if name not in _CHANGEABLE}
+        names = sorted(now, key=lambda name: name == _DATA)  # other options change the data, too
+        _require_same({name: old.get(name) for name in names}, now)
     if writes:
-        write_output(file, json.dumps(facts, indent=2) + "\n")
+        write_output(work / RUN, json.dumps(facts, indent=2) + "\n")
 
 
 def read_values(file: Path, kind: Any = dict[str, Any]) -> Any:
@@ -226,23 +215,15 @@ def peak_memory() -> int:
     return max(unit * resource.getrusage(one).ru_maxrss for one in whose)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested values under names such as ``recipe.spread``."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        inner = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
-    return flat
-
-
-def _require_same(folder: Path, found: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    for name in {**found, **asked}:
-        before, now = (
-            ",".join(map(str, of)) if isinstance(of, list) else str(of)
-            for of in (found.get(name), asked.get(name))
-        )
-        if before != now:
+def _require_same(found: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raise UserError if a run is asked for with other values than were ``found``."""
+    asked = json.loads(json.dumps(asked))
+    for name, one in found.items():
+        other = asked.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            _require_same({**dict.fromkeys(other), **one}, other)
+        elif one != other:
             raise UserError(
-                f"{folder.name} holds an interrupted run with {name}={before} and not {now}; give "
-                "the same options and files to go on, or --restart to throw it away"
+                f"the interrupted run has {name}={one} and this one {name}={other}; give the same "
+                "options and files, or begin anew with --restart"
             )

@@ -168,23 +168,6 @@ def _flush(file: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def allocate(file: Path, size: int) -> None:
-    """Write ``size`` zeros, unless the file has that size.
-
-    Writing to a hole through a memory map would end the process when the disk is full. Raises
-    OSError if there is no room; the file is gone then.
-    """
-    if file.exists() and file.stat().st_size == size:
-        return
-    try:
-        with file.open("wb") as stream:
-            for written in range(0, size, 2**20):
-                stream.write(bytes(min(2**20, size - written)))
-    except OSError:
-        file.unlink(missing_ok=True)
-        raise
-
-
 @contextmanager
 def _system_errors() -> Iterator[None]:
     """Raise system errors of libraries written in Rust, such as a full disk, as OSError."""

@@ -42,7 +42,7 @@ _OF_MODEL = re.compile(
 
 _HALF = re.compile(r"\..+\.partial-[a-z0-9_]{8}")
 
-Kind = Literal["results", "page", "plan"]
+Kind = Literal["results", "page", "plan", "GGUF"]
 
 Source = str | Path | None
 """What a command reads: a path, a name on the hub, a word such as ``self``, or nothing."""
@@ -92,6 +92,8 @@ def check_file(
     kind: Kind = "results",
     reads: Iterable[Source] = (),
     out: Path | None = None,
+    *,
+    overwrite: bool = True,
 ) -> None:
     """Raise UserError if a file cannot be written.
 
@@ -102,6 +104,7 @@ def check_file(
         kind: what will be written.
         reads: all that the command reads, and other files that it writes.
         out: the folder or file that the command writes.
+        overwrite: whether a file that is there may be replaced at all.
     """
     what = f"{option} {file}"
     if file.is_dir():
@@ -112,29 +115,14 @@ def check_file(
     place, made = file.resolve(), None if out is None else out.resolve()
     if (made and place in (made, *made.parents)) or place in (read for _, read in _places(reads)):
         raise UserError(f"{what} is used by this command otherwise; name another file")
+    if place.exists() and not overwrite:
+        raise UserError(f"{what} exists; give another one, or --overwrite to replace it")
     lone_plan = kind == "plan" and not (place.parent / "config.json").is_file()
     there = place.exists() or place.parent == made
     if there and _OF_MODEL.fullmatch(place.name) and not lone_plan:
         raise UserError(f"{what} would replace a file of a model; name another file")
     if place.exists() and not _holds(place, kind):
         raise UserError(f"{what} exists and holds something else than {kind}; name another file")
-
-
-def check_new_file(out: Path, magic: bytes, overwrite: bool, reads: Iterable[Source]) -> None:
-    """Raise UserError if ``out`` cannot become a binary file, which begins with ``magic``."""
-    if out.is_dir():
-        raise UserError(f"{out} is a folder; --out names the file to write")
-    check_place(out, "--out")
-    if not out.exists():
-        return
-    if any(out.resolve() == read for _, read in _places(reads)):
-        raise UserError(f"{out} is read by this command, so it is not replaced; give another --out")
-    if not overwrite:
-        raise UserError(f"{out} exists; give another --out, or --overwrite to replace it")
-    if not starts_with(out, magic):
-        raise UserError(
-            f"{out} is no {magic.decode()} file, so it is not replaced; give another --out"
-        )
 
 
 def check_place(path: Path, option: str) -> None:
@@ -207,15 +195,6 @@ def free_bytes(path: Path) -> int:
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def check_shard_size(size: str) -> None:
-    """Raise UserError unless ``size`` is one such as ``5GB`` that a weight file can have."""
-    if bytes_of(size) < 1:
-        raise UserError(
-            f"--max-shard-size {size[:40]!r} is no size of a file; use a number above 0 with KB, "
-            "MB, GB or TB, such as 5GB"
-        )
-
-
 def bytes_of(size: str) -> int:
     """Return the bytes of a size such as ``5GB``, in steps of a thousand; 0 if it is none."""
     number, unit = size.strip()[:-2], size.strip()[-2:].upper()
@@ -245,6 +224,8 @@ def _holds(file: Path, kind: Kind) -> bool:
         return True
     if kind == "page":
         return starts_with(file, b"<!doctype") or starts_with(file, b"<!DOCTYPE")
+    if kind == "GGUF":
+        return starts_with(file, b"GGUF")
     if kind == "plan":
         return {"groups", "package_version"} <= json_object(file).keys()
     try:

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 
 from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import allocate
 from llm_pruner.models.forward import embedding_rows
 from llm_pruner.recovery.chunked_loss import logits_of, summed_loss
 from llm_pruner.recovery.objective import (
@@ -183,3 +182,20 @@ def _array(file: Path, dtype: str, shape: tuple[int, ...]) -> Any:
     """Open a file as an array; make it, full of zeros, if it is not there in this size."""
     allocate(file, int(np.prod(shape)) * np.dtype(dtype).itemsize)
     return np.memmap(file, dtype=dtype, mode="r+", shape=shape)
+
+
+def allocate(file: Path, size: int) -> None:
+    """Write ``size`` zeros, unless the file has that size.
+
+    Writing to a hole through a memory map would end the process when the disk is full. Raises
+    OSError if there is no room; the file is gone then.
+    """
+    if file.exists() and file.stat().st_size == size:
+        return
+    try:
+        with file.open("wb") as stream:
+            for written in range(0, size, 2**20):
+                stream.write(bytes(min(2**20, size - written)))
+    except OSError:
+        file.unlink(missing_ok=True)
+        raise

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from llm_pruner.runtime.memory import free_bytes, on_gpu
 from llm_pruner.settings.options import Settings, option, written
@@ -141,7 +141,9 @@ class FolderSettings(Settings):
 class OutputSettings(FolderSettings):
     """The folder of a model that is written."""
 
-    max_shard_size: str = _output("5GB", "Largest weight file.", hidden=True)
+    max_shard_size: Annotated[str, AfterValidator(lambda size: parse_bytes(size) and size)] = (
+        _output("5GB", "Largest weight file.", hidden=True)
+    )
     push_to_hub: str | None = _output(None, "Upload the result to this hub repository.", "REPO")
     private: bool = _output(False, "Make a new hub repository a private one.", hidden=True)
 
