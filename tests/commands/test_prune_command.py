@@ -227,9 +227,6 @@ def test_round_to_a_purpose(work: Path, tiny: Path) -> None:
     assert "layers.0.ffn has 80 units, which do not divide by 3" in said
 
 
-def test_number_of_parameters_to_keep(work: Path, tiny: Path) -> None:
-    found = prune(tiny, "plan.json", "--params", "110K", "--dry-run")
-    assert found["parameters_after"] == pytest.approx(110_000, abs=0.005 * DENSE)
 
 
 def test_share_of_units_in_chosen_layers(work: Path, tiny: Path) -> None:
@@ -237,14 +234,6 @@ def test_share_of_units_in_chosen_layers(work: Path, tiny: Path) -> None:
     assert [sizes[layer]["heads"] for layer in range(6)] == [3, 2, 2, 3, 3, 3]
     # floor(80 * 0.34) = 27
     assert [sizes[layer]["ffn"] for layer in range(6)] == [80, 80, 80, 53, 53, 80]
-
-
-def test_layers_at_both_ends_stay_whole_unless_told_otherwise(work: Path, tiny: Path) -> None:
-    options = ("--unit-ratio", 0.5, "--structures", "ffn")
-    usual = planned(tiny, *options)
-    assert [usual[layer]["ffn"] for layer in range(6)] == [80, 40, 40, 40, 40, 80]
-    told = planned(tiny, *options, "--protect-first", 0, "--protect-last", 2)
-    assert [told[layer]["ffn"] for layer in range(6)] == [40, 40, 40, 40, 80, 80]
 
 
 def test_equal_layers_are_saved_as_a_plain_checkpoint(work: Path, tiny: Path) -> None:
@@ -273,21 +262,6 @@ def test_what_is_printed(work: Path, tiny: Path) -> None:
     quiet = ("--ratio", 0.2, "--criterion", "l2", "--no-verify", "--overwrite")
     printed = done("prune", tiny, "--out", "out", *quiet).out
     assert "not compared with its masked twin" in printed
-
-
-def test_removed_layers_and_what_spans_all_layers_are_printed(work: Path, tiny: Path) -> None:
-    options = ("--criterion", "random", "--dry-run", "--overwrite", "--unit-ratio", 0.5)
-    ffn = ("--structures", "layers,ffn,hidden", "--layers", "ffn=5-5")
-    shown = done("prune", tiny, "--out", "plan", *options, *ffn).out
-    plan = read_plan("plan")
-    gone = next(group.removed for group in plan.groups if group.kind == "layers")
-    rows = [" ".join(line.split()) for line in shown.splitlines()]
-    assert "layer ffn" in rows
-    assert f"{gone} removed" in rows or all(f"{layer} removed" in rows for layer in gone.split(","))
-    assert "5 40 of 80" in rows
-    assert "kept across layers: 24 of 48 hidden, 4 of 6 layers" in rows
-    shown = done("prune", tiny, "--out", "plan", *options, "--structures", "hidden").out
-    assert shown.startswith("kept across layers: 24 of 48 hidden\n")
 
 
 def test_pruned_models_can_be_pruned_and_evaluated_again(work: Path, tiny: Path) -> None:
@@ -481,20 +455,6 @@ def test_a_structure_that_nobody_named_and_that_cannot_go_is_left_out(
     assert {group.kind for group in plan.groups} == {"ffn"}
     named = refused(*asked, "--structures", "heads,ffn", "--out", "other")
     assert "heads cannot be pruned in this model: the code cuts it; leave heads out" in named
-
-
-def test_heads_that_a_multiple_leaves_no_choice_stay(
-    work: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    two = save_tiny(work / "two", num_key_value_heads=2, num_attention_heads=4)
-    write_text(Path("text.txt"), 6000)
-    asked = ("prune", two, "--ratio", 0.1, "--calibration", "text.txt", "--preset", "fast")
-    short = ("--samples", 16, "--seq-len", 16, "--round-to", "tp2")
-    done(*asked, *short, "--out", "out")
-    assert "all heads of this model stay: layers.0.heads has 2 key-value heads" in caplog.text
-    assert {group.kind for group in read_plan(Path("out/plan.json")).groups} == {"ffn"}
-    named = refused(*asked, *short, "--structures", "heads,ffn", "--out", "other")
-    assert "layers.0.heads has 2 key-value heads and keeps a multiple of 2; leave" in named
 
 
 def test_layers_that_would_load_as_others_are_refused_before_the_refit(

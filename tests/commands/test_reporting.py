@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,14 @@ import llm_pruner.models.load
 import llm_pruner.report.facts
 import llm_pruner.report.write
 from command import contents, done, refused, run, save_tiny, write_text
-from llm_pruner.cli.evaluate import show
 from llm_pruner.cli.output import command_line
 from llm_pruner.evaluation.perplexity import PerplexityResult
-from llm_pruner.evaluation.skills import GSM8K_METRIC, gsm8k
 from llm_pruner.evaluation.speed import Speed
-from llm_pruner.evaluation.zero_shot import Mean, MetricResult, TaskResult, kept
+from llm_pruner.evaluation.zero_shot import MetricResult, TaskResult
 from llm_pruner.files.outputs import MANIFEST
 from llm_pruner.report.data import read_report
 from llm_pruner.report.facts import evaluation_of, source_of
-from llm_pruner.report.records import Abilities, Measured, Weighed, ZeroShot
+from llm_pruner.report.records import Measured, Weighed, ZeroShot
 from llm_pruner.report.write import digest, render_card, render_html
 
 pytestmark = pytest.mark.slow
@@ -232,28 +229,6 @@ def test_what_is_measured_becomes_a_part() -> None:
         one = Speed(128.0, 16.0, 0.1, (1.0,), (4.0,), 64, 32, 2, 3, *how)
         names = [m.name for m in evaluation_of(measured(speed=one)).measurements]
         assert names[1] == f"decode (32 tokens, batch 2, {said})"
-
-
-def test_the_tasks_of_the_dense_model_stand_beside(capsys: pytest.CaptureFixture[str]) -> None:
-    """An error that nobody knows is not said to be none."""
-    own, dense = (
-        replace(
-            tasks_of(task_of("piqa", {"acc": MetricResult(value, error, True)})),
-            versions={"lm_eval": "0"},
-            mean=Mean(value, error, {}),
-        )
-        for value, error in ((0.6, None), (0.7, 0.01))
-    )
-    kept_of = kept(own.tasks, dense.tasks, "dense")
-    show(measured(zero_shot=own, dense=Abilities("dense", dense, [], None), kept=kept_of))
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert "task items metric value stderr dense" in lines
-    assert "piqa 20 acc * 0.6000 - 0.7000" in lines
-    assert "mean of the seven tasks: 0.6000, dense 0.7000 +- 0.0100" in lines
-    assert "accuracy above chance kept of dense: 50.0%" in lines
-    sums = task_of("gsm8k", {GSM8K_METRIC: MetricResult(0.25, None, True)})
-    show(measured(skills=[gsm8k(sums, "float32")]))
-    assert "25.0\n" in capsys.readouterr().out
 
 
 def test_the_licence_comes_along(work: Path) -> None:

@@ -444,39 +444,6 @@ def test_a_run_under_nohup_outlives_its_terminal() -> None:
         signal.signal(signal.SIGHUP, usual)
 
 
-DROPPED = """
-import os, signal, sys, time
-from llm_pruner.cli import build, main
-
-class Dropping:
-    def __del__(self):
-        os.kill(os.getpid(), signal.SIGTERM)
-
-def slow(*_):
-    if sys.argv[2] == "changed":
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-        except KeyboardInterrupt as error:
-            raise ImportError("half imported") from error
-    Dropping()
-    time.sleep(900)
-
-build.check_json = slow
-sys.argv = ["llm-pruner", "inspect", sys.argv[1]]
-main()
-"""
-
-
-@pytest.mark.parametrize("what", ["dropped", "changed"])
-def test_a_signal_of_which_a_library_makes_something_else(what: str) -> None:
-    command = [sys.executable, "-c", DROPPED, what]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert (ended.returncode, ended.stderr) == (
-        143,
-        "llm-pruner: interrupted; nothing was written\n",
-    )
-
-
 def test_a_process_that_is_interrupted_ends_with_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
     for code in (130, 143, 2):

@@ -1,15 +1,12 @@
 """What a run of ``prune`` will take, before any of it: seconds and peak memory by stage.
 
-Each stage multiplies so many tokens with all matrices of the model, so many times:
+    seconds = overhead * passes of the stage * its tokens * seconds per token of the products with
+              all matrices of the model
+    bytes = process + weights + cut copy, activations, logits or equations of the stage
 
-    seconds = overhead * tokens * passes * seconds of one product with each matrix / its tokens
-
-The products are measured here, for some seconds, with the shapes of one block and of the head.
-``overhead`` is what attention, normalisation and Python add. Discovery is done, since it needs no
-weights. Files are read and written at rates measured with a part of them. Memory is what the
-process holds, the weights in the type of computation, and what the stage adds: a cut copy,
-activations of a batch, logits, equations of a refit. A streamed model holds its two largest
-blocks, and reads all of them for each pass.
+The products are measured with the shapes of a block and of the head, and so are reading, widening
+and writing. Discovery is done, since it needs no weights. A streamed model holds two blocks and its
+largest tensor, and reads all blocks for each pass.
 """
 
 from __future__ import annotations
@@ -24,7 +21,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from llm_pruner.commands import prune_start as start
@@ -86,7 +82,6 @@ class Forecast:
     seconds: float
     peak_bytes: int
     saved_bytes: int
-    took: float
 
 
 def forecast(settings: PruneSettings) -> Forecast:
@@ -103,19 +98,17 @@ def forecast(settings: PruneSettings) -> Forecast:
         found.book_choice()
         if not settings.dry_run:
             found.book_cut()
-    stages = found.stages
+    weights, stages = found.total * found.width / 1e9, found.stages
     return Forecast(
         model=found.loaded.name,
         parameters=found.total,
         streamed=found.streamed,
-        why=f"the weights take {found.total * found.width / 1e9:.1f} GB as "
-        f"{str(found.loaded.model.dtype).removeprefix('torch.')}, and "
-        f"{found.resident / 1e9:.1f} GB of memory are for them",
+        why=f"the weights take {weights:.1f} GB, and {found.resident / 1e9:.1f} GB of memory are "
+        "for them",
         stages=stages,
         seconds=sum(one.seconds for one in stages.values()),
         peak_bytes=max(one.bytes for one in stages.values()),
         saved_bytes=found.saved,
-        took=time.time() - began,
     )
 
 
@@ -287,25 +280,22 @@ def _read_rate(place: Path | None, dtype: torch.dtype) -> float:
     """Return the bytes of weight files that are read and widened to a type in a second."""
     if place is None:  # on the hub
         return 1e8
-    took = bytes_ = 0.0
+    begin, bytes_ = time.perf_counter(), 0
     if place.is_file():
         from gguf import GGUFReader, dequantize
 
         tensors = GGUFReader(place).tensors
+        begin = time.perf_counter()
         for packed in tensors[:: max(1, len(tensors) // 16)]:
-            begin = time.perf_counter()
             dequantize(packed.data, packed.tensor_type)
-            took, bytes_ = took + time.perf_counter() - begin, bytes_ + int(packed.n_bytes)
-        return bytes_ / took
-    for file in sorted(place.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as stream:
-            for name in list(stream.keys()):
-                if bytes_ < SAMPLE:
-                    begin = time.perf_counter()
-                    tensor = stream.get_tensor(name)
-                    tensor.to(dtype, copy=True)
-                    took, bytes_ = took + time.perf_counter() - begin, bytes_ + tensor.nbytes
-    return bytes_ / took if took else 1e8
+            bytes_ += int(packed.n_bytes)
+    else:
+        largest = max(place.iterdir(), key=lambda file: file.stat().st_size)
+        with largest.open("rb") as stream:
+            data = bytearray(stream.read(SAMPLE))
+        bytes_ = len(data)
+        torch.frombuffer(data, dtype=torch.bfloat16, count=bytes_ // 2).to(dtype)
+    return bytes_ / (time.perf_counter() - begin)
 
 
 def _write_rate(out: Path) -> float:

@@ -49,13 +49,6 @@ def new_file(place: Path) -> Iterator[Path]:
         partial.replace(place)
 
 
-@contextmanager
-def scratch_file(place: Path) -> Iterator[Path]:
-    """Yield an empty file beside ``place``, which is gone at the end."""
-    with _beside(place) as partial:
-        yield partial
-
-
 def put(folder: Path, place: Path) -> None:
     """Move a complete folder to its place, in exchange for what is there."""
     for path in folder.rglob("*"):
@@ -91,13 +84,10 @@ def tidy(place: Path) -> None:
 @contextmanager
 def _beside(place: Path, what: str = "partial", *, folder: bool = False) -> Iterator[Path]:
     """Yield a locked folder or file beside ``place``, which is removed at the end."""
-    prefix = f".{place.name}.{what}-"
-    if folder:
-        path = Path(tempfile.mkdtemp(prefix=prefix, dir=place.parent))
-    else:
-        opened, name = tempfile.mkstemp(prefix=prefix, dir=place.parent)
-        os.close(opened)
-        path = Path(name)
+    path = Path(tempfile.mkdtemp(prefix=f".{place.name}.{what}-", dir=place.parent))
+    if not folder:
+        path.rmdir()
+        path.touch()
     with locked(path), _system_errors():
         try:
             yield path

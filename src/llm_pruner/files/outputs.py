@@ -156,9 +156,10 @@ def write_output(file: Path, text: str) -> None:
 def rewrite(folder: Path, texts: Mapping[str, str]) -> None:
     """Write files of a folder, and list them in its manifest if it has one."""
     if (listed := _listed(folder)) is not None:
-        _write(folder / MANIFEST, _manifest(listed | texts.keys()))
+        texts = {MANIFEST: _manifest(listed | texts.keys()), **texts}
     for name, text in texts.items():
-        _write(folder / name, text)
+        with new_file(folder / name) as partial:
+            partial.write_text(text, encoding="utf-8", newline="\n")
 
 
 def not_ours(folder: Path) -> str | None:
@@ -249,8 +250,3 @@ def _listed(folder: Path) -> set[str] | None:
 
 def _manifest(names: Iterable[str]) -> str:
     return json.dumps({"files": sorted(names)}, indent=1) + "\n"
-
-
-def _write(file: Path, text: str) -> None:
-    with new_file(file) as partial:
-        partial.write_text(text, encoding="utf-8", newline="\n")

@@ -46,7 +46,7 @@ def parse_bytes(text: str) -> int:
     """Return bytes of ``"8GB"``, ``"8GiB"`` or ``"512MB"``, all of thousands; or UserError."""
     number = bytes_of(re.sub("(?i)ib$", "B", text.strip()))
     if number < 1:
-        raise UserError(f"--memory {text!r} is no size; write such as 8GB or 512MB")
+        raise UserError(f"{text!r} is no size; write such as 8GB or 512MB")
     return number
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.export.gguf_model import GgufModel, Tensor, gguf_model
 from llm_pruner.export.gguf_tokenizer import copy_tokenizer, read_tokenizer
 from llm_pruner.export.llama_cpp import quantize, require_quantizer
-from llm_pruner.files.disk import new_file, scratch_file, starts_with
+from llm_pruner.files.disk import new_file, starts_with
 from llm_pruner.models.load import LoadedModel
 from llm_pruner.runtime.progress import track
 
@@ -76,7 +77,9 @@ class GgufFile:
             if self.kind in _PLAIN:
                 self._write(place, self.kind)
             else:
-                with scratch_file(out) as before:
+                prefix = f".{out.name}.partial-"
+                with tempfile.TemporaryDirectory(dir=out.parent, prefix=prefix) as folder:
+                    before = Path(folder) / "before.gguf"
                     self._write(before, _BEFORE.get(self.stored, "f32"))
                     quantize(before, place, self.kind, len(self.model.tensors))
 
