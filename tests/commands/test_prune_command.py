@@ -23,7 +23,6 @@ import llm_pruner.models.checkpoint_files
 import llm_pruner.surgery.pruner
 import llm_pruner.surgery.verify
 from command import contents, done, refused, run, save_tiny, write_text
-from helpers import tiny_model, tiny_tokenizer
 from llm_pruner import discover, read_plan
 from llm_pruner.commands.evaluate import measure
 from llm_pruner.commands.prune import PruneRun
@@ -455,17 +454,3 @@ def test_a_structure_that_nobody_named_and_that_cannot_go_is_left_out(
     assert {group.kind for group in plan.groups} == {"ffn"}
     named = refused(*asked, "--structures", "heads,ffn", "--out", "other")
     assert "heads cannot be pruned in this model: the code cuts it; leave heads out" in named
-
-
-def test_layers_that_would_load_as_others_are_refused_before_the_refit(
-    work: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny_model("gpt2", n_layer=6, scale_attn_by_inverse_layer_idx=True)
-    model.save_pretrained("m")
-    tiny_tokenizer().save_pretrained("m")
-    write_text(Path("text.txt"), 6000)
-    monkeypatch.delattr(llm_pruner.commands.prune.Refitter, "refit")
-    asked = ("prune", "m", "--structures", "layers", "--ratio", 0.145, "--calibration", "text.txt")
-    short = ("--preset", "fast", "--compensation", "least-squares", "--samples", 16)
-    short += ("--seq-len", 16, "--protect-first", 0, "--protect-last", 3)
-    assert "computes by the places of its layers" in refused(*asked, *short, "--out", "out")
