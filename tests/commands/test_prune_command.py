@@ -226,8 +226,6 @@ def test_round_to_a_purpose(work: Path, tiny: Path) -> None:
     assert "layers.0.ffn has 80 units, which do not divide by 3" in said
 
 
-
-
 def test_share_of_units_in_chosen_layers(work: Path, tiny: Path) -> None:
     sizes = planned(tiny, "--unit-ratio", 0.34, "--layers", "heads=1-2,ffn=3-4")
     assert [sizes[layer]["heads"] for layer in range(6)] == [3, 2, 2, 3, 3, 3]
