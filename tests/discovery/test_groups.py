@@ -91,22 +91,6 @@ def test_experts_need_aligned_widths() -> None:
     assert {group.multiple for group in dense.groups} == {1}
 
 
-def test_groups_cover_every_prunable_position_once() -> None:
-    for name in ("llama_biases", "gpt_neox", "olmo2", "deepseek_v3"):
-        _, discovery = discovered(name)
-        for group in discovery.groups:
-            for member in group.members:
-                flat = member.index.ravel()
-                assert len(np.unique(flat)) == len(flat)
-                sizes = {**discovery.shapes, **discovery.buffers}
-                assert flat.max() < sizes[member.tensor][member.dim]
-
-
-def test_single_query_heads_are_frozen_where_a_group_has_one() -> None:
-    _, discovery = discovered("llama_mha")
-    assert "query_heads" not in {group.kind for group in discovery.groups}
-
-
 def test_nothing_of_the_model_changes() -> None:
     model, _ = discovered("llama_tied")
     model = copy.deepcopy(model)
@@ -142,16 +126,6 @@ def test_a_part_that_a_run_replaces_is_put_back() -> None:
     out = net.out
     discover(net)
     assert net.out is out
-
-
-def test_same_result_every_time() -> None:
-    model, discovery = discovered("qwen3")
-    again = discover(model)
-    assert [group.name for group in again.groups] == [group.name for group in discovery.groups]
-    for one, other in zip(discovery.groups, again.groups, strict=True):
-        for left, right in zip(one.members, other.members, strict=True):
-            assert (left.tensor, left.dim) == (right.tensor, right.dim)
-            assert (left.index == right.index).all()
 
 
 def test_hand_written_model() -> None:
@@ -369,7 +343,7 @@ def test_model_that_returns_no_logits() -> None:
         def forward(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
             return {"hidden_states": self.embed(tokens)}
 
-    with pytest.raises(DiscoveryError, match="returns dict, in which no logits are found"):
+    with pytest.raises(DiscoveryError, match="returns dict without logits"):
         discover(Odd())
 
 

@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 
-from llm_pruner.tracing.atoms import Atoms, empty_rows, product_rows, stack_rows
+from llm_pruner.tracing.atoms import Atoms, empty_rows, product_rows
 
 
 def lists(rows: np.ndarray) -> list[list[int]]:
@@ -31,13 +31,6 @@ def test_reversed_axis_ties_mirrored_positions() -> None:
     assert resolved[0] == resolved[3] != resolved[1] == resolved[2]
 
 
-def test_long_chains_reach_one_representative() -> None:
-    atoms = Atoms()
-    a = atoms.fresh(50)
-    atoms.unify(a[:-1], a[1:])
-    assert len(np.unique(atoms.find(a))) == 1
-
-
 def test_one_atom_is_substituted_by_a_product() -> None:
     atoms = Atoms()
     flat, heads, channels = atoms.fresh(6), atoms.fresh(2), atoms.fresh(3)
@@ -59,14 +52,6 @@ def test_products_of_equal_form_are_paired_by_their_partition() -> None:
     atoms.unify(left, right)
     assert (atoms.find(a[0]) == atoms.find(b[0])).all()
     assert (atoms.find(a[1]) == atoms.find(b[1])).all()
-
-
-def test_common_atoms_drop_out() -> None:
-    atoms = Atoms()
-    shared, a, b = atoms.fresh(4), atoms.fresh(4), atoms.fresh(4)
-    atoms.unify(np.hstack([shared, a]), np.hstack([b, shared]))
-    assert (atoms.find(a) == atoms.find(b)).all()
-    assert not (atoms.find(a) == atoms.find(shared)).any()
 
 
 def test_products_that_divide_differently_are_frozen() -> None:
@@ -150,14 +135,6 @@ def test_copy_is_independent() -> None:
     other.freeze(a, "only there")
     assert (atoms.find(a) != atoms.find(b)).all()
     assert atoms.reason(a) is None
-
-
-def test_stacked_rows_keep_their_atoms() -> None:
-    atoms = Atoms()
-    a, heads, channels = atoms.fresh(2), atoms.fresh(2), atoms.fresh(2)
-    rows = stack_rows([a, product_rows(heads, channels)])
-    assert rows.shape == (6, 2)
-    assert lists(rows)[:3] == [[a[0, 0]], [a[1, 0]], [heads[0, 0], channels[0, 0]]]
 
 
 def test_room_grows_without_loss() -> None:
