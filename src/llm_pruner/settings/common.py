@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,15 +39,6 @@ Sources = Annotated[tuple[str, ...], BeforeValidator(once)]
 """Corpora or datasets; an option that may be given several times."""
 
 
-class _Yaml(yaml.SafeLoader):
-    """YAML in which 1e-6 is a number, as it is in Python."""
-
-
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
 def pairs(value: Any) -> Any:
     """Return texts such as ``name=3`` as {name: value}, each value read as YAML."""
     texts = (value,) if isinstance(value, str) else value
@@ -59,9 +50,12 @@ def pairs(value: Any) -> Any:
         if not equals:
             raise ValueError(f"{text!r} has no value; write NAME=VALUE")
         try:
-            found[name] = yaml.load(said, _Yaml)
+            found[name] = yaml.safe_load(said)
         except yaml.YAMLError:
             raise ValueError(f"the value of {name} is not YAML") from None
+        if isinstance(found[name], str):
+            with suppress(ValueError):  # YAML does not read 1e-6 as a number
+                found[name] = float(said)
     return found
 
 

@@ -14,10 +14,11 @@ from llm_pruner.settings.common import (
     FolderSettings,
     MemorySettings,
     SavedSettings,
+    by_comma,
 )
-from llm_pruner.settings.options import option, written
+from llm_pruner.settings.options import option
 from llm_pruner.settings.prune import PLAN, ChoiceSettings, PruneSettings
-from llm_pruner.settings.words import parse_damage, parse_shares
+from llm_pruner.settings.words import parse_damage
 
 _POINTS, _MEASURE = "Points", "What to measure"
 _points, _measure, _output = (partial(option, panel=of) for of in (_POINTS, _MEASURE, OUTPUT))
@@ -43,7 +44,9 @@ class CurveSettings(MemorySettings, FolderSettings, SavedSettings, ChoiceSetting
     )
 
     ratios: Annotated[
-        tuple[Annotated[float, Field(gt=0, lt=1)], ...], _ASCENDING, written(parse_shares)
+        tuple[Annotated[float, Field(gt=0, lt=1)], ...],
+        _ASCENDING,
+        by_comma,
     ] = _points(RATIOS, "Shares of all parameters to remove, a point for each.", "LIST")
     max_damage: _Damage | None = _points(
         None,

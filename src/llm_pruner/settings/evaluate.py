@@ -21,7 +21,7 @@ from llm_pruner.settings.common import (
     by_comma,
     room_for_weights,
 )
-from llm_pruner.settings.options import Settings, option, written
+from llm_pruner.settings.options import Settings, option
 
 ANSWER_TOKENS = 256
 """Tokens of a long answer."""
@@ -134,10 +134,6 @@ class EvaluateSettings(
             )
 
 
-def _sizes(text: str) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(int(part) for part in text.split(",")))
-
-
 class BenchSettings(ModelSettings):
     """All that ``bench`` can be asked for."""
 
@@ -146,7 +142,7 @@ class BenchSettings(ModelSettings):
     )
     prompt_tokens: int = option(256, "Tokens of each prompt.", "N", ge=1)
     new_tokens: int = option(32, "Tokens decoded after it.", "N", ge=1)
-    batch_size: Annotated[tuple[PositiveInt, ...], written(_sizes)] = option(
+    batch_size: Annotated[tuple[PositiveInt, ...], by_comma] = option(
         (1, 8), "Prompts at once, such as 1 or 1,8.", "LIST"
     )
     repeats: int = option(5, "Rounds; medians and ranges are over them.", "N", ge=1)

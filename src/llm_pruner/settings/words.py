@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from decimal import Decimal
@@ -25,7 +24,7 @@ LOCAL_TASKS = (
 )
 """The paper's tasks as lm-evaluation-harness names them, in the order of its tables."""
 
-_SUFFIX = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
+_COUNTS = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
 _SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
 
@@ -34,7 +33,7 @@ def parse_count(text: str) -> int:
     match = re.fullmatch(r"([\d_,]*\.?\d+)\s*([KMBT]?)", text.strip().upper())
     number = Decimal(0)
     if match is not None:
-        number = Decimal(re.sub("[_,]", "", match[1])).scaleb(_SUFFIX[match[2]])
+        number = Decimal(re.sub("[_,]", "", match[1])).scaleb(_COUNTS[match[2]])
     if number <= 0 or number != int(number):
         raise UserError(
             f"{text!r} is not a number of parameters; write such as 5.4B, 107.6M or 110000000"
@@ -52,30 +51,33 @@ def parse_bytes(text: str) -> int:
 
 def parse_layer_ranges(text: str) -> dict[str, tuple[int, int]]:
     """Return structure -> (first, last), both in, of ``"heads=4-26,ffn=4-26"``, or UserError."""
-    ranges: dict[str, tuple[int, int]] = {}
-    value = r"(\d+)(?:\s*-\s*(\d+))?"
-    for name, match in _by_structure(text, value, "layer range", "heads=4-26,ffn=4-26"):
-        first, last = int(match[2]), int(match[3] or match[2])
-        if last < first:
-            raise UserError(f"layer range {name}={first}-{last} runs backwards; swap its ends")
-        ranges[name] = (first, last)
+    ranges = {}
+    for name, value in _by_structure(text, r"\d+(?:\s*-\s*\d+)?", "layer range", "heads=4-26"):
+        first, _, last = value.partition("-")
+        ranges[name] = int(first), int(last or first)
+        if int(last or first) < int(first):
+            raise UserError(f"layer range {name}={value} runs backwards; swap its ends")
     return ranges
 
 
 def parse_split(text: str) -> dict[str, float]:
     """Return structure -> share of ``"heads=0.1,ffn=0.9"``; raise UserError if it is malformed."""
-    found = _by_structure(text, r"(\d*\.?\d+)", "share", "heads=0.1,ffn=0.9")
-    return {name: float(match[2]) for name, match in found}
+    found = _by_structure(text, r"\d*\.?\d+", "share", "heads=0.1,ffn=0.9")
+    return {name: float(value) for name, value in found}
 
 
-def parse_shares(text: str) -> tuple[float, ...]:
-    """Return the numbers of ``"0.1,0.2"``; raise UserError for others."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(
-            f"--ratios {text} is no list of shares; write such as 0.1,0.2,0.3"
-        ) from None
+def _by_structure(text: str, value: str, what: str, such: str) -> Iterator[tuple[str, str]]:
+    """Yield (structure, value) of ``"heads=...,ffn=..."``."""
+    names = set()
+    for item in text.split(","):
+        match = re.fullmatch(rf"\s*(\w+)\s*=\s*({value})\s*", item)
+        if match is None:
+            raise UserError(f"{item.strip()!r} is not a {what}; write such as {such}")
+        name = known_structure(match[1])
+        if name in names:
+            raise UserError(f"{name} has two {what}s; give one")
+        names.add(name)
+        yield name, match[2]
 
 
 def parse_damage(text: str) -> tuple[Literal["perplexity", "kl"], float]:
@@ -85,11 +87,8 @@ def parse_damage(text: str) -> tuple[Literal["perplexity", "kl"], float]:
     """
     number = text.strip().removesuffix("x")
     ratio = number != text.strip()
-    try:
-        limit = float(number)
-    except ValueError:
-        limit = math.nan
-    if not (1 if ratio else 0) < limit < math.inf:
+    limit = float(number) if re.fullmatch(r"\d*\.?\d+", number) else 0.0
+    if limit <= ratio:
         raise UserError(
             f"--max-damage {text} is no damage; write such as 1.2x, for the dense model's "
             "perplexity times 1.2, or 0.3, for a KL divergence of 0.3 nats"
@@ -97,30 +96,12 @@ def parse_damage(text: str) -> tuple[Literal["perplexity", "kl"], float]:
     return ("perplexity" if ratio else "kl"), limit
 
 
-def _by_structure(
-    text: str, value: str, what: str, such: str
-) -> Iterator[tuple[str, re.Match[str]]]:
-    """Yield each structure of ``"heads=...,ffn=..."`` with its match, value from group 2."""
-    names = set()
-    for item in text.split(","):
-        match = re.fullmatch(rf"\s*(\w+)\s*=\s*{value}\s*", item)
-        if match is None:
-            raise UserError(f"{item.strip()!r} is not a {what}; write such as {such}")
-        name = known_structure(match[1])
-        if name in names:
-            raise UserError(f"{name} has two {what}s; give one")
-        names.add(name)
-        yield name, match
-
-
 def parse_duration(text: str) -> float:
     """Return seconds of ``"90s"``, ``"30m"``, ``"1.5h"`` or ``"1h30m"``; UserError for others."""
     number = r"(\d+(?:\.\d+)?)"
     match = re.fullmatch(rf"(?:{number}h)?(?:{number}m)?(?:{number}s)?", text.strip().lower())
-    seconds = 0.0
-    if match is not None:
-        parts = zip(match.groups(default="0"), _SECONDS.values(), strict=True)
-        seconds = sum(float(part) * of for part, of in parts)
+    parts = zip(match.groups("0") if match else (), _SECONDS.values(), strict=False)
+    seconds = sum(float(part) * of for part, of in parts)
     if seconds <= 0:
         raise UserError(f"--time-budget {text} is no time; write such as 90s, 30m or 2h")
     return seconds
