@@ -100,6 +100,7 @@ class MethodSettings(CalibrationSettings):
         None,
         "With scope global: no layer loses more than this times the average share.",
         hidden=True,
+        ge=1,
     )
     layer_trials: bool | None = _where(
         None,
