@@ -364,4 +364,4 @@ def test_compare_refuses(pair: Path) -> None:
         Path("other", name).unlink()
     weights = Path("other/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:100])
-    assert refused("compare", "other").startswith("other/model.safetensors is truncated: ")
+    assert refused("compare", "other").startswith("other/model.safetensors is no whole safetensors")
