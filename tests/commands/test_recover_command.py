@@ -418,7 +418,7 @@ def test_an_interrupted_run_is_not_lost_by_accident(work: Path, made: Path) -> N
     said = refused("recover", made / "small", "--out", "better", *options)
     assert said == (
         "better.recovering holds a run that was interrupted; go on with --resume, or throw it "
-        "away with --restart"
+        "away with --set restart=true"
     )
     said = refused("recover", made / "small", "--out", "better", *options, "--resume", "--restart")
     assert said == "--resume and --restart say different things; give one of them"
@@ -473,13 +473,13 @@ def test_what_does_not_fit_the_model_is_refused(work: Path, made: Path) -> None:
     data = ("--data", made / "rows.jsonl")
     small = made / "small"
     said = refused("recover", small, "--out", "out", *data, "--seq-len", 513)
-    assert said == "--seq-len 513 is longer than the model's maximum; use 512 or less"
+    assert said == "seq_len 513 is longer than the model's maximum; use 512 or less"
     said = refused("recover", small, "--out", "out", *data, "--template", "chat")
-    assert said == "the tokenizer has no chat template; use --template alpaca"
+    assert said == "the tokenizer has no chat template; use --set template=alpaca"
     short = write_text(work / "short.txt", 60)
     said = refused("recover", small, "--out", "out", *data, "--perplexity", short)
     assert said.startswith("short.txt gives ")
-    assert "use --perplexity-seq-len " in said
+    assert "use perplexity_seq_len " in said
     plain = write_text(work / "plain.txt", 3000)
     said = refused("recover", small, "--out", "out", "--data", plain, "--mask-prompt")
     assert said.startswith("--mask-prompt is for examples that someone asks and someone answers")

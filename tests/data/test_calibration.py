@@ -493,7 +493,7 @@ def test_long_windows_of_self_hold_several_texts(
         assert row.tolist() == [*first, *parting, *second][:200]
     short = write_windows(model, tokenizer, samples=3, seq_len=20, seed=0)
     assert torch.equal(short, write_text(model, tokenizer, samples=3, seq_len=20, seed=0))
-    with pytest.raises(UserError, match="--seq-len 300 is longer than the model's maximum"):
+    with pytest.raises(UserError, match="seq_len 300 is longer than the model's maximum"):
         write_windows(model, tokenizer, samples=1, seq_len=300, seed=0)
 
 

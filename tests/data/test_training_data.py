@@ -341,12 +341,12 @@ def test_a_space_before_an_answer() -> None:
 
 
 def test_templates_that_are_refused() -> None:
-    with pytest.raises(UserError, match="has no chat template; use --template alpaca"):
+    with pytest.raises(UserError, match="has no chat template; use --set template=alpaca"):
         encode_examples([CHAT], tiny_tokenizer(), seq_len=99, template="chat")
     strict = chat_tokenizer("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(UserError, match=r"rejects a chat \(roles must alternate\); use --template"):
         encode_examples([CHAT], strict, seq_len=99)
-    with pytest.raises(UserError, match="within 8 tokens; use a longer --seq-len or leave --mask"):
+    with pytest.raises(UserError, match="within 8 tokens; use a longer seq_len or leave --mask"):
         encode_examples([CHAT], tiny_tokenizer(), seq_len=8, mask_prompt=True)
 
 

@@ -223,9 +223,9 @@ def test_bad_input() -> None:
         perplexity(model, tokenizer, short, protocol="paper")
     with pytest.raises(UserError, match=r"the text is too short; use more text$"):
         perplexity(model, tokenizer, EvaluationText("note", None, "x"), protocol="paper")
-    with pytest.raises(UserError, match="--max-tokens is too small"):
+    with pytest.raises(UserError, match="max_tokens is too small"):
         perplexity(model, tokenizer, TEXT, protocol="paper", max_tokens=100)
-    with pytest.raises(UserError, match=r"300 tokens is longer .* use --seq-len 256 or less"):
+    with pytest.raises(UserError, match=r"300 tokens is longer .* use seq_len 256 or less"):
         perplexity(model, tokenizer, TEXT, seq_len=300)
     with pytest.raises(UserError, match="the model has 50 tokens; use the tokenizer that belongs"):
         perplexity(tiny_model(vocab_size=50), tokenizer, TEXT)

@@ -479,7 +479,7 @@ def test_a_task_whose_data_cannot_be_fetched_is_refused(monkeypatch: pytest.Monk
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     said = refused("evaluate", "model", "--tasks", "piqa")
     assert "task piqa cannot be prepared (ConnectionError: no network)" in said
-    assert "or give --tasks-data" in said
+    assert "or give tasks_data" in said
 
 
 @pytest.mark.usefixtures("unloaded", "work")

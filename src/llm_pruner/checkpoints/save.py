@@ -37,9 +37,7 @@ Kind = Literal["stock", "remote_code", "recipe"]
 
 SHARD = "1GB"
 
-_OTHERS = (
-    "so nothing was saved; keep other layers, with --layers, --protect-first or --protect-last"
-)
+_OTHERS = "so nothing was saved; keep other layers, by --layers, or protect_first or protect_last"
 
 
 def check_saved_by_shard(model: PreTrainedModel) -> None:

@@ -209,7 +209,7 @@ class _Stages:
         if left <= asked:
             raise UserError(
                 f"without the tokens, {left:,} parameters are left, and {asked:,} are asked for: "
-                "remove more by --ratio or --params, keep more tokens by --vocab-size, or take "
+                "remove more by --ratio or --params, keep more tokens by --set vocab_size, or take "
                 "tokens alone with llm-pruner vocab"
             )
         pruning = settings.pruning(self.run.path("pruned"), self.start)

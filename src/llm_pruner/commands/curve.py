@@ -214,7 +214,7 @@ class CurveRun:
         """Read what is calibrated on, where it is measured on the rest of it."""
         settings = self.settings
         if settings.text is not None and not self.scores:
-            how = "--measured-tokens"
+            how = "measured_tokens"
             check_windows(self.loaded.model, self.loaded.tokenizer, *self._given, option=how)
         if self.text is not None or settings.text is not None:
             return

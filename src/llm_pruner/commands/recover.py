@@ -218,7 +218,7 @@ class _Run:
         self.loaded = load(self.loading)
         self.made = records_of(settings.model, self.loaded.revision)
         check_length(self.loaded.model, settings.seq_len)
-        model, tokenizer, option = self.loaded.model, self.loaded.tokenizer, "--perplexity-seq-len"
+        model, tokenizer, option = self.loaded.model, self.loaded.tokenizer, "perplexity_seq_len"
         for text in self.corpora:
             check_windows(model, tokenizer, text, self.measuring, option)
         self.dense = load_teacher(ways["teacher"], self.loaded) if "teacher" in ways else None
@@ -471,15 +471,13 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
     if settings.method != "lora" and isinstance(kind := dtype_named(settings.dtype), torch.dtype):
         check_type(settings.method, kind)
     if settings.keep_adapter and settings.method != "lora":
-        raise UserError(
-            f"method {settings.method} has no adapter to keep; leave --keep-adapter out"
-        )
+        raise UserError(f"method {settings.method} has no adapter to keep; leave keep_adapter out")
     if settings.resume and settings.restart:
         raise UserError("--resume and --restart say different things; give one of them")
     if work.exists() and not (settings.resume or settings.restart):
         raise UserError(
             f"{work.name} holds a run that was interrupted; go on with --resume, or throw "
-            "it away with --restart"
+            "it away with --set restart=true"
         )
 
 

@@ -280,7 +280,7 @@ def _pack(
         tokens = len(starts) * fresh + len(stream.tokens) - end
         raise UserError(
             f"{documents.name} gives {tokens} tokens; {samples} samples of {seq_len} tokens need "
-            f"{samples * fresh}; use a longer text, or fewer --samples or a smaller --seq-len"
+            f"{samples * fresh}; use a longer text, or fewer --samples or a smaller seq_len"
         )
     # A few windows in a row would come from one or two documents.
     drawn = sorted(

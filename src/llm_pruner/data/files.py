@@ -123,7 +123,7 @@ def texts_of_rows(rows: Iterable[Any], name: str, text_field: str | None) -> Ite
         if None in texts:
             raise UserError(
                 f"{name}: field {given[texts.index(None)]!r} of record {number} holds no text; "
-                "repair the record, or name another field with --text-field"
+                "repair the record, or name another field with --set text_field"
             )
         yield "\n\n".join(map(str, texts))
 
@@ -190,7 +190,7 @@ def _text_fields(row: Mapping[str, Any], name: str, text_field: str | None) -> t
     if len(texts) != 1:
         raise UserError(
             f"{name} does not show which field holds its text (fields: {fields}); name it with "
-            "--text-field, or call it text"
+            "--set text_field, or call it text"
         )
     return (texts[0],)
 
@@ -313,7 +313,7 @@ def read_task(folder: Path, task: str) -> list[Record]:
     if task not in _TASKS:
         raise UserError(
             f"task {task!r} has no local form; offline there are {', '.join(LOCAL_TASKS)}; "
-            "leave --tasks-data out to fetch its data"
+            "leave tasks_data out to fetch its data"
         )
     records = _records(folder, task, _TASKS[task])
     if task == "hellaswag":  # copies of it have numbers or texts

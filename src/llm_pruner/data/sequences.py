@@ -135,7 +135,7 @@ def encode_each(
             left.
     """
     if template == "chat" and not getattr(tokenizer, "chat_template", None):
-        raise UserError("the tokenizer has no chat template; use --template alpaca")
+        raise UserError("the tokenizer has no chat template; use --set template=alpaca")
     chat = template != "alpaca" and bool(getattr(tokenizer, "chat_template", None))
     prefix, suffix = added_tokens(tokenizer)
     ending = suffix or ((tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ())
@@ -155,7 +155,7 @@ def encode_each(
     found = [[one for one in each if one.targets] for each in made]
     if not any(found):
         raise UserError(
-            f"no example has anything to learn within {seq_len} tokens; use a longer --seq-len"
+            f"no example has anything to learn within {seq_len} tokens; use a longer seq_len"
             + (" or leave --mask-prompt out" if mask_prompt else "")
         )
     return [each for each in found if each]
@@ -256,7 +256,7 @@ def _cut(example: Example, tokenizer: Any) -> list[Piece]:
             if place < 0 or not answered[place:].lstrip().startswith(message["content"].strip()):
                 raise UserError(
                     "the tokenizer's chat template changes what the assistant says; "
-                    "use --template alpaca"
+                    "use --set template=alpaca"
                 )
             prompt = answered[:place]
         if not prompt.startswith(written):  # earlier turns are rewritten: learn the last alone
@@ -287,5 +287,5 @@ def render_chat(tokenizer: Any, messages: list[dict[str, str]], prompting: bool)
     except Exception as error:  # templates raise what their authors chose
         raise UserError(
             f"the tokenizer's chat template rejects a chat ({error}); "
-            "use --template alpaca or repair the data"
+            "use --set template=alpaca or repair the data"
         ) from error

@@ -107,7 +107,7 @@ def _trained(
     if not apart:
         _LOG.warning(
             "each sample of %s to train on is the same, as far as it is read, as one that is held "
-            "out, so a gain says little; a longer --seq-len tells them apart",
+            "out, so a gain says little; a longer seq_len tells them apart",
             name,
         )
     return apart or train
@@ -218,6 +218,6 @@ def _count(samples: int, held_out: int | None, name: str) -> int:
     if count >= samples:
         raise UserError(
             f"{name} gives {samples} samples and {count} of them are to be held out, so none is "
-            "left to train on; use more data, or a smaller --held-out or --seq-len"
+            "left to train on; use more data, or a smaller held_out or seq_len"
         )
     return count

@@ -170,7 +170,7 @@ def _named(name: str) -> dict[str, Any]:
     try:
         tasks: dict[str, Any] = manager.load([spec])
     except Exception as error:  # tasks run code of their own and fetch data
-        offline = "or give --tasks-data" if file is not None else "and what the task needs"
+        offline = "or give tasks_data" if file is not None else "and what the task needs"
         raise UserError(
             f"task {name} cannot be prepared ({in_short(error)}); check the connection {offline}"
         ) from error

@@ -134,7 +134,7 @@ def check_windows(
     tokenizer: Any,
     text: EvaluationText,
     asked: PerplexitySettings,
-    option: str | None = "--seq-len",
+    option: str | None = "seq_len",
 ) -> None:
     """Raise UserError if a text is too short, or a window too long; ``option`` asks for others."""
     _windows(model, tokenizer, text, asked, option)
@@ -262,7 +262,7 @@ def _windows(
     tokenizer: Any,
     text: EvaluationText,
     asked: PerplexitySettings,
-    option: str | None = "--seq-len",
+    option: str | None = "seq_len",
 ) -> tuple[torch.Tensor, int, int]:
     """Return the windows, int64 of shape (windows, window), how many tokens of each are not
     predicted, and the tokens of the whole text."""
@@ -273,7 +273,7 @@ def _windows(
     fresh = window - len(prefix)
     count = len(ids) // fresh if fresh > 0 else 0
     if count == 0:
-        why = "--max-tokens is too small" if len(encoded) >= fresh else "the text is too short"
+        why = "max_tokens is too small" if len(encoded) >= fresh else "the text is too short"
         most = len(ids) + len(prefix)
         shorter = f"{option} {most} or less, or " if option and most > 1 else ""
         advice = f"use {shorter}more text"
@@ -353,7 +353,7 @@ def _sums(
     if logits.shape[1] != batch.shape[1]:
         raise UserError(
             f"the model gives logits for {logits.shape[1]} of the {batch.shape[1]} tokens of a "
-            "window; use shorter windows (--seq-len)"
+            "window; use shorter windows (--set seq_len)"
         )
     found = []
     for index, target in enumerate(batch.to(logits.device)):

@@ -173,7 +173,7 @@ def check_length(model: Any, seq_len: int) -> None:
     longest = maximum_length(model)
     if longest is not None and seq_len > longest:
         raise UserError(
-            f"--seq-len {seq_len} is longer than the model's maximum; use {longest} or less"
+            f"seq_len {seq_len} is longer than the model's maximum; use {longest} or less"
         )
 
 

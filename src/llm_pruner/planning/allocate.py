@@ -219,7 +219,7 @@ def _cost_steps(
         except UserError:
             _searched(search, selection, target)  # raises what holds for any spread
     raise UserError(
-        f"{target} cannot be reached with --spread {selection.spread:g}, by which no layer loses "
+        f"{target} cannot be reached with spread={selection.spread:g}, by which no layer loses "
         "more than that times the average; give a larger one, or ask for less"
     )
 

@@ -230,7 +230,7 @@ def _groups_of(
         for other in bound_to(group.name, by_name).keys() - names:
             raise UserError(
                 f"{group.name} loses the same units as {other}, which is not among the layers to "
-                f"prune; choose all layers (--protect-first 0 --protect-last 0), or leave "
+                f"prune; choose all layers (--set protect_first=0 --set protect_last=0), or leave "
                 f"{structure} out of the structures"
             )
     return inside

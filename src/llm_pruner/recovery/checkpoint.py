@@ -40,7 +40,8 @@ def _reading(file: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, *_MALFORMED) as error:
         raise UserError(
-            f"{file} is missing or damaged ({type(error).__name__}); begin anew with --restart"
+            f"{file} is missing or damaged ({type(error).__name__}); begin anew with "
+            "--set restart=true"
         ) from error
 
 
@@ -215,7 +216,8 @@ def set_weights_(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     own = trainable(model)
     if own.keys() != weights.keys() or any(own[n].shape != weights[n].shape for n in own):
         raise UserError(
-            "the checkpoint holds other weights than this run trains; begin anew with --restart"
+            "the checkpoint holds other weights than this run trains; begin anew with "
+            "--set restart=true"
         )
     for name, weight in own.items():
         weight.copy_(spread_like(weights[name], weight))

@@ -226,7 +226,7 @@ def _check_room(work: Path, trained: int, copies: int, free: float) -> None:
         raise UserError(
             f"checkpoints of {trained:,} trained parameters need about {needed / 1e6:,.1f} MB, and "
             f"the disk of {work.parent} has {free / 1e6:,.1f} MB free; free some, give another "
-            "--out, or train less with --method lora or a smaller --lora-r"
+            "--out, or train less with --method lora or a smaller lora_r"
         )
 
 

@@ -69,7 +69,7 @@ class RunState:
             return TypeAdapter(cls).validate_python(data)
         except ValidationError as error:
             raise UserError(
-                "the state of the interrupted run is damaged; begin anew with --restart"
+                "the state of the interrupted run is damaged; begin anew with --set restart=true"
             ) from error
 
 

@@ -15,7 +15,7 @@ from llm_pruner.types import Layer
 
 _K = TypeVar("_K")
 
-_PLACES = ("--out", "-o", "--plan", "--tasks-data", "--teacher-cache")
+_PLACES = ("--out", "-o", "--plan", "tasks_data", "teacher_cache")
 """Options whose value is a path, however short."""
 
 _PATH = re.compile(

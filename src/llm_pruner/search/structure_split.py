@@ -95,7 +95,8 @@ def find_split(
         if not isfinite(divergence):
             failure = UserError(
                 f"the logits on the {len(held_out)} calibration samples of the trials are not "
-                "finite, so no split can be judged; load the model in float32, or say the --split"
+                "finite, so no split can be judged; load the model in float32, or give "
+                "--set split=SHARES"
             )
             return inf
         trials.append(SplitTrial(dict(split), divergence))

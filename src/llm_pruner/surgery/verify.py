@@ -208,8 +208,8 @@ def _expected(
             if scene.needed:
                 raise VerificationError(
                     f"the masked dense model cannot run on {scene.name} ({in_short(found)}), so "
-                    "nothing was pruned; please report the model, and use --no-verify to prune it "
-                    "all the same"
+                    "nothing was pruned; please report the model, and use --set verify=false to "
+                    "prune it all the same"
                 ) from found
             skipped.append(scene.name)
         elif all(map(_is_finite, found)):
@@ -218,7 +218,7 @@ def _expected(
             raise VerificationError(
                 f"the masked dense model gives numbers that are not finite on {scene.name}, so "
                 "nothing was pruned; check its weights, leave the structure out with --structures, "
-                "or use --no-verify to prune it all the same"
+                "or use --set verify=false to prune it all the same"
             )
         else:
             skipped.append(f"{scene.name} (not finite)")
@@ -380,7 +380,7 @@ def _is_random(model: nn.Module, differs: _Difference) -> bool:
     if random and scene.needed:
         raise VerificationError(
             f"the model gives something else each time it runs on {scene.name}, so nothing was "
-            "pruned; switch off what is random, or use --no-verify to prune it all the same"
+            "pruned; switch off what is random, or use --set verify=false to prune it all the same"
         )
     return random
 
