@@ -107,9 +107,9 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def _save_dense(model: str, folder: Path, dtype: str) -> None:
     from llm_pruner import load
-    from llm_pruner.checkpoints.save import silent_writing
+    from llm_pruner.runtime.progress import quiet_bars
 
-    with silent_writing():
+    with quiet_bars():
         loaded = load(model, dtype=dtype)
         loaded.network.save_pretrained(folder)
         assert loaded.tokenizer is not None

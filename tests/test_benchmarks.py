@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import os
@@ -271,3 +272,11 @@ def test_an_older_source_is_measured_by_what_makes_models_today(tmp_path):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert ran.stdout.splitlines()[-1:] == ["['older']"], ran.stderr
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.rglob("*.py")), ids=lambda file: file.name)
+def test_what_a_benchmark_imports_is_there(file: Path) -> None:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llm_pruner"):
+            module = importlib.import_module(str(node.module))
+            assert all(hasattr(module, name.name) for name in node.names), node.module

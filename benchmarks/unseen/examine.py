@@ -25,13 +25,13 @@ from llm_pruner import (
     prune_,
     score,
 )
-from llm_pruner.models.layers import own_copy
 from llm_pruner.surgery.cut import cut_
 from llm_pruner.surgery.removal import removed_modules, removed_positions
 from llm_pruner.surgery.twin import pruned_logits, twin_logits
 from llm_pruner.surgery.verify import largest_difference, tolerance
 from llm_pruner.types import Discovery, IntArray, Removal
 from removals import pick
+from unseen.copies import own_copy
 from unseen.oracle import Run, computed, difference, expected, to_double, zeroed
 from unseen.spec import VOCABULARY, Positions, Spec, logits_of, make
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from llm_pruner.models.layers import own_copy
+from unseen.copies import own_copy
 
 Run = Callable[[nn.Module], list[torch.Tensor]]
 
