@@ -62,7 +62,7 @@ REFUSED = {
     f"{SMALL} --out /proc/x/y": "/proc/x/y cannot be made, since /proc is not a folder that may",
     f"{SMALL} --json m": "--json m is a folder; name the file to write",
     f"{SMALL} --config no.yaml": "--config no.yaml cannot be read",
-    f"{SMALL} --set max_shard_size=5XB": "--max-shard-size '5XB' is no size of a file; use",
+    f"{SMALL} --set max_shard_size=5XB": "'5XB' is no size; write such as 8GB",
     f"{SMALL} --push-to-hub me/small": "--push-to-hub me/small needs an account of the hub; run",
     "export m --out file": "--out file exists; give another one, or --overwrite to replace it",
     # Models.

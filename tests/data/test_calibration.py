@@ -348,9 +348,9 @@ def test_too_short(tmp_path: Path) -> None:
 
 def test_bad_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="samples=0 calibrates on nothing"):
+    with pytest.raises(UserError, match="samples 0 should be greater than or equal to 1"):
         build("self", tiny_tokenizer(), samples=0, seq_len=8, seed=0)
-    with pytest.raises(UserError, match="seq_len=1 predicts no token"):
+    with pytest.raises(UserError, match="seq_len 1 should be greater than or equal to 2"):
         build("self", tiny_tokenizer(), samples=1, seq_len=1, seed=0)
     with pytest.raises(UserError, match="needs the model"):
         build("self", tiny_tokenizer(), samples=1, seq_len=8, seed=0)

@@ -57,7 +57,7 @@ def test_fields_of_records(tmp_path: Path, suffix: str) -> None:
 
     assert texts([{"title": "t", "text": "a"}, {"title": "u", "text": "b"}]) == ("a", "b")
     assert texts([{"id": 1, "body": "a"}]) == ("a",)
-    said = r"which field holds its text \(fields: id, body\); name it with --text-field"
+    said = r"which field holds its text \(fields: id, body\); name it with --set text_field"
     with pytest.raises(UserError, match=said):
         texts([{"id": "1", "body": "a"}])
     assert texts([{"id": "1", "body": "a"}], text_field="body") == ("a",)

@@ -165,7 +165,7 @@ def test_an_empty_field_says_nothing_of_the_others(tmp_path: Path) -> None:
     rows = [asked | {"output": None}, asked]
     with pytest.raises(UserError, match=r"record 1: field 'output' is missing or no string"):
         load_examples(write(tmp_path / "rows.jsonl", rows))
-    with pytest.raises(UserError, match=r"several string fields \(id, content\); name the one"):
+    with pytest.raises(UserError, match=r"which field holds its text \(fields: id, content\)"):
         load_examples(write(tmp_path / "rows.jsonl", [{"id": "a", "content": "b"}]))
 
 
@@ -344,7 +344,7 @@ def test_templates_that_are_refused() -> None:
     with pytest.raises(UserError, match="has no chat template; use --set template=alpaca"):
         encode_examples([CHAT], tiny_tokenizer(), seq_len=99, template="chat")
     strict = chat_tokenizer("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(UserError, match=r"rejects a chat \(roles must alternate\); use --template"):
+    with pytest.raises(UserError, match=r"rejects a chat \(roles must alternate\); use --set template"):
         encode_examples([CHAT], strict, seq_len=99)
     with pytest.raises(UserError, match="within 8 tokens; use a longer seq_len or leave --mask"):
         encode_examples([CHAT], tiny_tokenizer(), seq_len=8, mask_prompt=True)
