@@ -344,7 +344,7 @@ def test_templates_that_are_refused() -> None:
     with pytest.raises(UserError, match="has no chat template; use --set template=alpaca"):
         encode_examples([CHAT], tiny_tokenizer(), seq_len=99, template="chat")
     strict = chat_tokenizer("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(UserError, match=r"rejects a chat \(roles must alternate\); use --set template"):
+    with pytest.raises(UserError, match=r"rejects a chat \(roles must alternate\); use --set"):
         encode_examples([CHAT], strict, seq_len=99)
     with pytest.raises(UserError, match="within 8 tokens; use a longer seq_len or leave --mask"):
         encode_examples([CHAT], tiny_tokenizer(), seq_len=8, mask_prompt=True)
