@@ -27,7 +27,6 @@ pytestmark = pytest.mark.slow
 COMMANDS = (
     *("compress", "inspect", "prune", "curve", "recover", "evaluate", "compare", "bench", "tasks"),
     "demo",
-    "chat",
     "vocab",
     "export",
 )

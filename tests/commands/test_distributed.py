@@ -1,4 +1,4 @@
-"""``prune`` and ``recover`` in two processes that torchrun starts: the run of one process."""
+"""``recover`` in two processes that torchrun starts: the run of one process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import llm_pruner.recovery.run
-from command import WORDS, done, save_tiny, write_text
+from command import WORDS, done, save_tiny
 from llm_pruner.data.sequences import make_sequence
 from llm_pruner.recovery.packing import lay_out
 from llm_pruner.runtime.processes import Processes
@@ -22,17 +22,6 @@ from two_processes import in_two_processes
 pytestmark = pytest.mark.slow
 
 QUICK = ("--seq-len", "64", "--batch-size", "10", "--evaluations", "2")
-# 3,072 tokens: a batch for each process.
-TEXT = ("--calibration", "text.txt", "--samples", 48, "--seq-len", 64, "--ratio", 0.2)
-PAPER = ("--preset", "paper", "--protect-first", 0, "--protect-last", 0)
-PRUNED: dict[str, tuple[object, ...]] = {
-    "mixed": (*PAPER, "--order", "mixed", "--dry-run"),
-    "streamed": ("--preset", "fast", "--memory", "100KB", "--dry-run"),
-    "paper": (*PAPER, "--json", "-"),
-    # The first process trains by itself while the other one waits.
-    "repaired": ("--preset", "fast", "--repair-minutes", 0.02),
-}
-"""Runs of ``prune`` on the small model."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +32,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(folder / "dense", num_hidden_layers=3)
     rows = [{"text": (WORDS[n:] + WORDS)[: 20 + n]} for n in range(43)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_text(folder / "text.txt", 16_000)
     return folder
 
 
@@ -52,24 +40,16 @@ import os
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 import llm_pruner.recovery.run as recovery
-from llm_pruner.errors import UserError
-from llm_pruner.importance import boundary_pass
 from llm_pruner.runtime import processes
 from llm_pruner.recovery.trainer import RecoveryTrainer
 from two_processes import carry_out
 
 plain, place = PartialState._prepare_backend, PartialState.set_device
 step, micro_tokens = RecoveryTrainer.training_step, recovery.micro_tokens
-cotangent, gpus = boundary_pass.loss_cotangent, processes.gpus
-
-def unsound(logits, ids, first, *positions):
-    if first >= 32:  # in the second process
-        raise UserError(f"the loss of calibration sample {first} is nan")
-    return cotangent(logits, ids, first, *positions)
+gpus = processes.gpus
 
 def prepare(command):
     kinds = set()
-    boundary_pass.loss_cotangent = unsound if command.get("fails") else cotangent
 
     def watched(self, model, *args, **keywords):
         kinds.update(type(one).__name__ for one in model.parameters())
@@ -97,12 +77,6 @@ carry_out(prepare)
 
 
 Options = tuple[object, ...]
-
-
-def pruning(made: Path, name: str, out: str) -> list[str]:
-    """Return the command of a run of ``prune``."""
-    given = [made / "text.txt" if word == "text.txt" else word for word in TEXT]
-    return [*map(str, ("prune", made / "small", "--out", made / out, *PRUNED[name], *given))]
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +109,6 @@ def two(made: Path, runs: dict[str, Options]) -> SimpleNamespace:
     commands.append(command("plain", "--seq-len", 513, "--overwrite"))
     commands.append(command("parts", stop=3, sharded=True))
     commands.append(command("parts", "--resume", sharded=True))
-    commands += [{"words": pruning(made, name, f"two-{name}")} for name in PRUNED]
-    commands.append({"words": pruning(made, "mixed", "failed"), "fails": True})
     return in_two_processes(
         made,
         SCRIPT,
@@ -170,32 +142,15 @@ def check_same(two: Path, one: Path) -> dict[str, Any]:
 def test_every_command_ends_alike_in_both_processes(two: SimpleNamespace, made: Path) -> None:
     first, second = two.ends
     assert first == second
-    assert [code for code, _ in first] == [0, 130, 0, 2, 130, 0, *[0] * len(PRUNED), 2]
-    assert [spread for _, spread in first] == [False] * 4 + [True] * 2 + [False] * (len(PRUNED) + 1)
+    assert [code for code, _ in first] == [0, 130, 0, 2, 130, 0]
+    assert [spread for _, spread in first] == [False] * 4 + [True] * 2
     assert two.err.count("interrupted; go on with --resume") == 2
     assert not [*made.glob("*.recovering"), *made.glob(".*partial*")]
-    assert not (made / "failed").exists()
 
 
-def test_one_process_speaks_and_says_once_what_failed_in_one(two: SimpleNamespace) -> None:
-    assert two.out.count('"saved_as"') == 2
-    assert two.out.count("saved to ") == 3
-    assert two.out.count("plan written to") == 2
-    said = [line for line in two.err.splitlines() if "the loss of calibration sample" in line]
-    assert set(said) == {"llm-pruner: the loss of calibration sample 32 is nan"}
-
-
-@pytest.mark.parametrize("name", PRUNED)
-def test_two_processes_give_the_plan_of_one(two: SimpleNamespace, made: Path, name: str) -> None:
-    done(*pruning(made, name, f"one-{name}"))
-    one, both = made / f"one-{name}", made / f"two-{name}"
-    if name in ("paper", "repaired"):
-        importance = [
-            json.loads((folder / "report.json").read_text())["importance"] for folder in (one, both)
-        ]
-        assert importance[0] == importance[1] != []
-        one, both = one / "plan.json", both / "plan.json"
-    assert both.read_bytes() == one.read_bytes()
+def test_one_process_speaks(two: SimpleNamespace) -> None:
+    assert two.out.count('"saved_as"') == 1
+    assert two.out.count("saved to ") == 2
 
 
 def test_two_processes_train_as_one(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -69,13 +67,11 @@ def kind(request: pytest.FixtureRequest, place: Path, monkeypatch: pytest.Monkey
     return str(request.param)
 
 
-def test_it_is_described_timed_and_talked_to(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_described_and_timed(kind: str) -> None:
     found = json.loads(done("inspect", kind, "--json", "-").out)
     assert found["parameters"] == load_model(kind).model.num_parameters()
     quick = ("--prompt-tokens", 8, "--new-tokens", 3, "--repeats", 1, "--batch-size", 1)
     done("bench", kind, "--against", "qwen3", *quick)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Why?\n"))
-    assert done("chat", kind, "--new-tokens", 4).out.endswith("\n")
 
 
 def test_it_is_as_it_is_beside_itself(kind: str) -> None:

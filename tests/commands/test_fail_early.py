@@ -11,7 +11,6 @@ import pytest
 from command import contents, direct, save_tiny, write_text
 from helpers import tiny_model
 from llm_pruner import errors
-from llm_pruner.commands import publish
 from llm_pruner.errors import UserError
 from llm_pruner.files import outputs
 from llm_pruner.models import load as sources
@@ -51,7 +50,6 @@ def early(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(place)
     monkeypatch.setattr(sources, "_load_model", load)
     monkeypatch.setattr(errors, "find_spec", lambda _: None)  # packages may be installed here
-    monkeypatch.setattr(publish, "get_token", lambda: None)
     return place
 
 
@@ -63,7 +61,7 @@ REFUSED = {
     f"{SMALL} --json m": "--json m is a folder; name the file to write",
     f"{SMALL} --config no.yaml": "--config no.yaml cannot be read",
     f"{SMALL} --set max_shard_size=5XB": "'5XB' is no size; write such as 8GB",
-    f"{SMALL} --push-to-hub me/small": "--push-to-hub me/small needs an account of the hub; run",
+    f"{SMALL} --push-to-hub me/small": "--push-to-hub went: write the folder, then run: hf",
     "export m --out file": "--out file exists; give another one, or --overwrite to replace it",
     # Models.
     "inspect nothing": "nothing ",

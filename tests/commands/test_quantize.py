@@ -96,13 +96,12 @@ def test_packed_weights_are_run_and_never_pruned(
     said += f"installed; run 'pip install {package}'"
     for command in (
         ("evaluate", folder, "--perplexity", "text.txt"),
-        ("chat", folder),
         ("bench", folder),
         ("bench", "dense", "--against", folder),
     ):
         result = run(*command)
         assert (result.code, result.err) == (2, f"llm-pruner: {said}\n")
-    said = f"({method}), and its packed weights can only be run, by evaluate, chat and"
+    said = f"({method}), and its packed weights can only be run, by evaluate and"
     assert said in run("prune", folder, "--out", "o", *PRUNE).err
     with pytest.raises(UserError, match="can only be run"):
         check(ModelSettings(model=str(folder)))

@@ -19,7 +19,6 @@ import typer
 
 from llm_pruner.cli import (
     bench,
-    chat,
     compare,
     compress,
     curve,
@@ -36,7 +35,6 @@ from llm_pruner.errors import Interrupted, LLMPrunerError, PlanError, UserError
 from llm_pruner.files.disk import placed
 from llm_pruner.runtime.memory import keep_large_blocks
 from llm_pruner.runtime.signals import INTERRUPTED, deaf_at_the_end, ended_alike, exit_code
-from llm_pruner.settings.chat import ChatSettings
 from llm_pruner.settings.compress import CompressSettings
 from llm_pruner.settings.curve import CurveSettings
 from llm_pruner.settings.evaluate import BenchSettings, EvaluateSettings, InspectSettings
@@ -65,7 +63,6 @@ add(app, "recover", RecoverSettings, recover.run, recover.EXAMPLES)
 add(app, "evaluate", EvaluateSettings, evaluate.run, evaluate.EXAMPLES)
 app.command("compare", cls=GroupedCommand, epilog=compare.EXAMPLES)(compare.command)
 add(app, "bench", BenchSettings, bench.run, bench.EXAMPLES)
-add(app, "chat", ChatSettings, chat.run, chat.EXAMPLES)
 add(app, "export", ExportSettings, export.run, export.EXAMPLES)
 app.command("tasks", cls=GroupedCommand, epilog=evaluate.TASKS_EXAMPLES)(evaluate.write_tasks)
 app.command("demo", cls=GroupedCommand)(compress.demo)

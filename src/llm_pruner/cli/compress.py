@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,7 +21,6 @@ from llm_pruner.cli.output import (
     tell_going_on,
     tell_stage,
     telling_how_to_go_on,
-    upload,
     warn,
 )
 from llm_pruner.cli.recover import Narrator, show_control
@@ -70,7 +68,7 @@ def run(
         )
     for note in done.notes:
         warn(note)
-    hand_over(done, json, show, partial(upload, settings))
+    hand_over(done, json, show)
 
 
 _DEMO, _DEMO_PRESET = Path("demo-out"), "balanced"

@@ -22,7 +22,6 @@ from llm_pruner.files.disk import expanded, placed
 from llm_pruner.files.outputs import check_file, write_output
 from llm_pruner.report.text import at_home, clean, count, megabytes
 from llm_pruner.runtime.signals import INTERRUPTED, TERMINATED
-from llm_pruner.settings.common import OutputSettings
 
 if TYPE_CHECKING:
     from llm_pruner.commands.workdir import Kind
@@ -131,14 +130,6 @@ def hand_over(
             show(record)
     if said is not None and json != "-":
         Screen().print(said, soft_wrap=True)
-
-
-def upload(settings: OutputSettings) -> str | None:
-    """Upload the folder that was written, if that was asked for; return words that say where to."""
-    from llm_pruner.commands.publish import push
-
-    address = push(settings)
-    return None if address is None else f"uploaded to {clean(address)}"
 
 
 def command_line() -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from llm_pruner.cli.output import Screen, command_line, hand_over, upload
+from llm_pruner.cli.output import Screen, command_line, hand_over
 from llm_pruner.report.text import clean, megabytes
 from llm_pruner.runtime.memory import PRUNING, keep_kernels
 from llm_pruner.settings.prune import PruneSettings
@@ -33,21 +32,16 @@ def run(settings: PruneSettings, json: str | None) -> None:
     settings.check()
     if settings.estimate:
         from llm_pruner.commands.forecast import forecast
-        from llm_pruner.runtime.processes import only_one
 
-        only_one("prune --estimate")
         expected = forecast(settings)
         hand_over(expected, json, show_forecast)
         return
     from llm_pruner.commands.prune import PruneRun
-    from llm_pruner.commands.prune_together import carry_out_together
-    from llm_pruner.runtime.processes import started
+    from llm_pruner.runtime.processes import only_one
 
-    run = PruneRun(settings, command=command_line())
-    done = run.carry_out() if started() == 1 else carry_out_together(run)
-    if done is None:
-        return
-    hand_over(done, json, show, partial(upload, settings))
+    only_one("prune")
+    done = PruneRun(settings, command=command_line()).carry_out()
+    hand_over(done, json, show)
 
 
 def show_forecast(expected: Forecast) -> None:

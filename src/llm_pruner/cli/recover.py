@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 from math import exp, inf
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING
 
-from llm_pruner.cli.output import Screen, command_line, hand_over, speaks, upload, warn
+from llm_pruner.cli.output import Screen, command_line, hand_over, speaks, warn
 from llm_pruner.errors import Interrupted
 from llm_pruner.files.disk import placed
 from llm_pruner.report.text import clean, count
@@ -53,7 +52,7 @@ def run(settings: RecoverSettings, json: str | None) -> None:
             f"{done.loss.after:.4f} after), so {done.path} holds the model as it came{alone}; use "
             "more data, another --learning-rate or more steps"
         )
-    hand_over(done, json, show, partial(upload, settings))
+    hand_over(done, json, show)
 
 
 class Narrator:

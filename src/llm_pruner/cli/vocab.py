@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
-from llm_pruner.cli.output import Screen, hand_over, upload
+from llm_pruner.cli.output import Screen, hand_over
 from llm_pruner.report.text import clean, count
 from llm_pruner.settings.vocab import VocabSettings
 
@@ -24,7 +23,7 @@ def run(settings: VocabSettings, json: str | None) -> None:
     from llm_pruner.commands.vocab import vocab
 
     done = vocab(settings)
-    hand_over(done, json, show, partial(upload, settings))
+    hand_over(done, json, show)
 
 
 def show(done: Trimmed) -> None:

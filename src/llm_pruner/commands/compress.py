@@ -17,7 +17,6 @@ from llm_pruner.commands.compress_start import about, check_settings
 from llm_pruner.commands.evaluate import measure_apart
 from llm_pruner.commands.prune import PruneRun
 from llm_pruner.commands.prune_start import target_of
-from llm_pruner.commands.publish import check_push
 from llm_pruner.commands.recover import (
     recover_checkpoint,
 )
@@ -118,7 +117,6 @@ def compress(
     settings.check()
     out, work = settings.out, COMPRESSING.beside(settings.out)
     check_place(out, "--out")
-    check_push(settings)
     if not (work / f"{_RESULT}.json").is_file() or settings.restart:
         check_settings(settings, work)
     facts = about(settings)

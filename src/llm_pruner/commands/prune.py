@@ -16,7 +16,6 @@ from llm_pruner import planning
 from llm_pruner.checkpoints.save import check_saved_by_shard
 from llm_pruner.commands import prune_start as start
 from llm_pruner.commands.prune_result import result_of, save
-from llm_pruner.commands.publish import check_push
 from llm_pruner.commands.refitting import (
     Refitter,
     fitted_and_judged,
@@ -42,10 +41,7 @@ from llm_pruner.report.records import Pruned, Training
 from llm_pruner.runtime.memory import keep_all_blocks
 from llm_pruner.runtime.precision import fast_matmul, mixed_precision
 from llm_pruner.runtime.processes import (
-    ALONE,
-    Processes,
     check_trains,
-    sharing,
 )
 from llm_pruner.runtime.progress import Clock
 from llm_pruner.search.cache_cost import cache_cost
@@ -105,7 +101,7 @@ class PruneRun:
         self.training: Training | None = None
         self.saves = False  # set by `carry_out`
         self.by_block = True  # whether weights that fit into memory may be streamed
-        self.processes, self.device = ALONE, settings.device
+        self.device = settings.device
 
     def carry_out(self) -> Pruned:
         """Go through all stages: save a folder that ``from_pretrained`` loads, or the plan alone.
@@ -192,7 +188,6 @@ class PruneRun:
             check_file("--out", settings.out, "plan", settings.reads, overwrite=settings.overwrite)
         else:
             check_output(settings.out, settings.overwrite, settings.reads)
-        check_push(settings)
         if self.target is not None and not settings.dry_run:
             start.check_space(settings.out, settings.loading(), self.target)
         if self.refits or self.repairs or (self.plan is None and self.reads_text):
@@ -205,8 +200,6 @@ class PruneRun:
         keep_all_blocks()
         settings, (loaded, discovery, _) = self.settings, self.given
         self.room = settings.room(self.device)
-        if isinstance(settings.memory, str):
-            self.room //= sharing(self.device)
         self.resident = self.room if loaded else self.stays(self.room)
         loading = settings.computing().but(device=self.device)
         self.loaded = loaded or load(
@@ -246,7 +239,7 @@ class PruneRun:
         """
         settings = self.settings
         size = stored_size(settings.model, settings.revision, "auto")
-        alone = self.by_block and not self.repairs and self.processes.count == 1
+        alone = self.by_block and not self.repairs
         if not alone or self.tries_layers:
             return room
         if self.reads_text and start.writes_slowly(settings, size, self.device):
@@ -333,10 +326,8 @@ class PruneRun:
         for number, step in enumerate(targets):
             scores: Scores = self.scores
             if number or not scores:
-                # Other processes do not have the model as it is in later rounds.
-                processes = ALONE if number else self.processes
                 keep = known if number == 0 and self.refitter is not None else None
-                scores = self._scores_of(discovery, numbering, scored, processes, keep)
+                scores = self._scores_of(discovery, numbering, scored, keep)
             self.scores = self.scores or dict(scores)
             if self.splits and held_out is not None and number == 0:
                 with mixed_precision(self.network):
@@ -412,13 +403,10 @@ class PruneRun:
         trials = self.splits or self.tries_layers
         if not (self.scores_text or self.refitter is not None or trials):
             return None, None
-        read = None
-        if self.processes.is_first:
-            self.text = self.given[2] or read_calibration(
-                self.loaded, self.settings, self.settings.seed, self.clock
-            )
-            read = self.text.input_ids
-        tokens = self.processes.of_first(read)
+        self.text = self.given[2] or read_calibration(
+            self.loaded, self.settings, self.settings.seed, self.clock
+        )
+        tokens = self.text.input_ids
         if not trials:
             return tokens, None
         held_out, scored = hold_out(tokens)
@@ -429,7 +417,6 @@ class PruneRun:
         discovery: Discovery,
         numbering: planning.Numbering,
         tokens: torch.Tensor | None,
-        processes: Processes = ALONE,
         keep: HiddenStates | None = None,
     ) -> Scores:
         """Return the importance in all groups that are ranked."""
@@ -446,7 +433,6 @@ class PruneRun:
                     input_ids=seen,
                     seed=self.settings.seed,
                     groups=names,
-                    processes=processes,
                     keep=keep,
                 )
         self.clock.stop("estimate")

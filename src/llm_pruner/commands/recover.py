@@ -17,7 +17,6 @@ from llm_pruner.checkpoints.save import keep_type_, round_
 from llm_pruner.commands import workdir
 from llm_pruner.commands.evaluate import read_texts
 from llm_pruner.commands.prune_start import check_space
-from llm_pruner.commands.publish import check_push
 from llm_pruner.data.examples import Examples, load_examples
 from llm_pruner.data.sequences import TrainingSequence, added_tokens
 from llm_pruner.data.text import PRUNED, SELF, EvaluationText, read_each
@@ -71,7 +70,6 @@ from llm_pruner.runtime.processes import (
     is_sharded,
     joined,
     own_device,
-    sharing,
     started,
 )
 from llm_pruner.settings.common import ModelSettings
@@ -435,7 +433,6 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
     """Raise UserError for what can be refused without reading anything; the run is in ``work``."""
     check_training(settings)
     check_output(settings.out, settings.overwrite, settings.reads)
-    check_push(settings)
     if settings.teacher_cache is not None:
         if settings.teacher is None:
             raise UserError(
@@ -572,7 +569,7 @@ def ways_to_load(
 def _is_short(models: Iterable[ModelSettings], device: str) -> bool:
     """Whether float32 copies of all do not fit; of what is still on the hub nothing is known."""
     sizes = [stored_size(one.model, one.revision, "float32") for one in models]
-    return sum(size[1] for size in sizes if size) > free_bytes(device) // sharing(device)
+    return sum(size[1] for size in sizes if size) > free_bytes(device)
 
 
 def load_teacher(teacher: ModelSettings, student: LoadedModel) -> LoadedModel:

@@ -14,7 +14,6 @@ from transformers import AutoTokenizer
 
 from llm_pruner.checkpoints import save_checkpoint
 from llm_pruner.commands.prune_start import check_space
-from llm_pruner.commands.publish import check_push
 from llm_pruner.data.sequences import bare_ids, template_ids
 from llm_pruner.data.text import Documents, EvaluationText, load_documents, read_each
 from llm_pruner.data.vocabulary import Ids, Vocabulary, vocabulary_of
@@ -80,7 +79,6 @@ def vocab(settings: VocabSettings) -> Trimmed:
     """
     only_one("vocab")
     check_output(settings.out, settings.overwrite, settings.reads)
-    check_push(settings)
     check_space(settings.out, settings.loading())
     tokenizer = load_tokenizer(settings.loading())
     read, apart = _texts(settings)

@@ -102,7 +102,7 @@ def read_config(source: str, found: ModelSource, packed: bool) -> Any:
     if method in _PACKED_METHODS and packed:
         check_installed(f"{source} is packed by {method}, and", (method.replace("-", "_"),))
     elif method is not None:
-        run = "can only be run, by evaluate, chat and bench"
+        run = "can only be run, by evaluate and bench"
         raise UserError(
             f"{source} is quantized ({method}), and its packed weights "
             f"{run if method in _PACKED_METHODS else 'are not read'}; name the original checkpoint"

@@ -24,7 +24,6 @@ from llm_pruner.recovery.distill import DirectTeacher
 from llm_pruner.recovery.run import Outcome, recover_
 from llm_pruner.runtime.memory import free_bytes
 from llm_pruner.runtime.precision import multiplies_bfloat16
-from llm_pruner.runtime.processes import apart
 from llm_pruner.runtime.progress import track
 from llm_pruner.settings.recover import TrainingSettings
 
@@ -82,7 +81,6 @@ def repair_(
     with (
         undisturbed(dense),
         undisturbed(model),
-        apart(),
         closing(bar),
         tempfile.TemporaryDirectory() as folder,
     ):

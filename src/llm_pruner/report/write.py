@@ -128,7 +128,7 @@ def _variant_of(folder: Path, report: data.Report, model: str, parameters: int) 
 REQUEST_FILE = "request.yaml"
 """What a run was asked for."""
 
-_ANEW = ("push_to_hub", "private", "restart", "resume", "overwrite")
+_ANEW = ("restart", "resume", "overwrite")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _DATASET = re.compile(r"[A-Za-z0-9][\w./-]*( [\w.-]+)?")

@@ -75,19 +75,6 @@ class Processes:
         """Wait until all processes are here."""
         self.sums([0.0])
 
-    def of_first(self, values: torch.Tensor | None) -> torch.Tensor:
-        """Return the first process's int64 matrix, which the others need not have."""
-        if self.count == 1:
-            assert values is not None
-            return values
-        there = PartialState().device
-        shape = torch.tensor([0, 0] if values is None else [*values.shape], device=there)
-        distributed.broadcast(shape, 0)
-        rows, columns = shape.tolist()
-        found = shape.new_empty(rows, columns) if values is None else values.to(there)
-        distributed.broadcast(found, 0)
-        return found.cpu()
-
     def hand_in(self, owner: int, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return, in the first process, tensors that ``owner`` has made; in the others nothing.
 
@@ -152,18 +139,13 @@ def only_one(command: str) -> None:
     if started() > 1:
         raise UserError(
             f"{command} runs in one process, and several were started; start it without "
-            "torchrun or accelerate launch; prune and recover share their work"
+            "torchrun or accelerate launch"
         )
 
 
 def new_python(code: str) -> list[str]:
     """Return the command that runs code in a Python with our modules, not the folder's."""
     return [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!a}\n{code}"]
-
-
-def sharing(device: str) -> int:
-    """Return how many processes share the memory of a device: that of the machine, or a GPU's."""
-    return 1 if device.startswith("cuda") else int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def started() -> int:
@@ -237,24 +219,6 @@ def joined(device: str) -> Iterator[Processes]:
     if alone:
         state.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@contextmanager
-def apart() -> Iterator[None]:
-    """Have accelerate and the Trainer take this process for the only one: it trains by itself."""
-    if started() == 1:
-        yield
-        return
-    names = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", *_MEETING)
-    held = {name: os.environ.pop(name) for name in names if name in os.environ}
-    together = dict(PartialState._shared_state)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        yield
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        PartialState._shared_state.update(together)
-        os.environ.update(held)
 
 
 def check_trains(device: str) -> None:

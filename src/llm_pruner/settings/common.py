@@ -138,8 +138,6 @@ class OutputSettings(FolderSettings):
     max_shard_size: Annotated[str, AfterValidator(lambda size: parse_bytes(size) and size)] = (
         _output("5GB", "Largest weight file.", hidden=True)
     )
-    push_to_hub: str | None = _output(None, "Upload the result to this hub repository.", "REPO")
-    private: bool = _output(False, "Make a new hub repository a private one.", hidden=True)
 
 
 class SavedSettings(ModelSettings):

@@ -21,8 +21,7 @@ _how, _tokens = partial(option, panel=HOW), partial(option, panel=_TOKENS)
 class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
     """All that ``compress`` can be asked for: the dense model, and how it becomes smaller."""
 
-    hides: ClassVar = frozenset({"dtype", "push_to_hub", "limit"})
-    gone: ClassVar = {"recipe": "write --preset {value}"}
+    hides: ClassVar = frozenset({"dtype", "limit"})
     panels: ClassVar = (HOW_MUCH, _TOKENS, HOW, _MEASURE, TASKS, OUTPUT, LOADING)
 
     restart: bool = option(False, "Throw an interrupted run away.", panel=OUTPUT, hidden=True)

@@ -94,7 +94,11 @@ class Settings(BaseModel):
     default_preset: ClassVar[str | None] = None
     panels: ClassVar[tuple[str, ...]] = ()
     hides: ClassVar[frozenset[str]] = frozenset()
-    gone: ClassVar[Mapping[str, str]] = {}
+    gone: ClassVar[Mapping[str, str]] = {
+        "recipe": "write --preset {value}",
+        "push_to_hub": "write the folder, then run: hf upload {value} FOLDER",
+        "private": "make the repository first: hf repo create NAME --private",
+    }
     one_of: ClassVar[frozenset[str]] = frozenset()
     _given: frozenset[str] = PrivateAttr(default=frozenset())
 

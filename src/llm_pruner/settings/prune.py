@@ -74,7 +74,6 @@ class MethodSettings(CalibrationSettings):
 
     presets: ClassVar = presets_in("presets")
     default_preset: ClassVar = "balanced"
-    gone: ClassVar = {"recipe": "write --preset {value}"}
 
     preset: str | None = _how(
         None, "paper, fast, balanced, best, or a YAML file; other options win over it.", "NAME"

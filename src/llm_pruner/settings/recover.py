@@ -33,6 +33,7 @@ class TrainingSettings(Settings):
     presets: ClassVar = presets_in("presets/recover")
     default_preset: ClassVar = "quick"
     gone: ClassVar = {
+        **Settings.gone,
         **{name: f"write --trainer {name}={{value}}" for name in _TRAINERS},
         "schedule": "write --trainer lr_scheduler_type={value}",
         "save_every": "write --trainer save_steps={value}",
@@ -208,7 +209,6 @@ class DataSettings(Settings):
 class RecoverSettings(WriterSettings, DataSettings, TrainingSettings, DistillationSettings):
     """All that ``recover`` can be asked for."""
 
-    hides: ClassVar = frozenset({"push_to_hub"})
     panels: ClassVar = (_DATA, _TRAINING, _TEACHER, _LORA, OUTPUT, LOADING)
 
     dtype: str = option(

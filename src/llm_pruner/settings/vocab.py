@@ -14,7 +14,7 @@ _text = partial(option, panel=CALIBRATION)
 class VocabSettings(WriterSettings):
     """All that ``vocab`` can be asked for."""
 
-    hides: ClassVar = frozenset({"push_to_hub", "dtype"})
+    hides: ClassVar = frozenset({"dtype"})
 
     text: Sources = _text(
         ..., "Text whose tokens stay: a file or a hub dataset; may be given several times.", "SRC"
