@@ -95,12 +95,8 @@ def discover(
     )
 
 
-_PIECES = 8
-"""Evenly spaced units of a group whose removal is tried alone."""
-
-_ALIGNMENT = 8
-"""Elements in the 16 bytes that grouped products need, in bfloat16 and float16."""
-
+_PIECES = 8  # evenly spaced units of a group whose removal is tried alone
+_ALIGNMENT = 8  # elements in the 16 bytes that grouped products need, in bfloat16 and float16
 _ROUTED: tuple[Role, ...] = ("normalised", "query_key", "activation")
 
 
@@ -167,14 +163,14 @@ class _Builder:
             for part in runs.factors(places)
             if (group := self._group(part, runs)) is not None
         ]
-        found = self._one_factor(found)
-        # Of two groups of one place, the one that can shrink is named first.
-        return sorted(found, key=lambda one: (*_first_use(one[0]), bool(one[0].frozen)))
+        # By first weight; of two groups with the same, the one that can shrink is named first.
+        ranked = [(one.members[0], one, units) for one, units in self._one_factor(found)]
+        ranked.sort(key=lambda one: (one[0].order, one[0].tensor, bool(one[1].frozen)))
+        return [(group, units) for _, group, units in ranked]
 
     def _group(self, places: IntArray, runs: Runs) -> tuple[Group, IntArray] | None:
         """Return a group without a name, and the atoms of its units; None if it has no weights."""
-        built = self._members(places, runs)
-        if built is None:
+        if (built := self._members(places, runs)) is None:
             return None
         members, units = built
         aligned, even = self._any("aligned", units), self._any("even", units)
@@ -447,10 +443,6 @@ class _Builder:
         return result
 
 
-def _first_use(group: Group) -> tuple[int, str]:
-    return group.members[0].order, group.members[0].tensor
-
-
 def _is_one_position(members: tuple[Member, ...]) -> bool:
     """Whether a unit is one position of one weight, which no other weight reads."""
     weights = [member for member in members if not member.buffer]
@@ -458,6 +450,5 @@ def _is_one_position(members: tuple[Member, ...]) -> bool:
 
 
 def _paths(name: str) -> list[str]:
-    """Return the paths of the modules around a tensor, the whole model first."""
-    parts = name.split(".")[:-1]
+    parts = name.split(".")[:-1]  # the modules around a tensor, the whole model first
     return [".".join(parts[:count]) for count in range(len(parts) + 1)]

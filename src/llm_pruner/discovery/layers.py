@@ -58,7 +58,6 @@ def layer_groups(model: nn.Module, run: Run) -> tuple[list[Group], frozenset[tup
         children = [child for child in children if not _lends(model, child)]
         if not children:
             continue
-        name = "layers" if not groups else f"layers_{len(groups) + 1}"
         numbers, clash = _own_numbers(model, trace, parent)
         own |= numbers
         reason = reason or clash or _held_elsewhere(model, parent)
@@ -71,6 +70,7 @@ def layer_groups(model: nn.Module, run: Run) -> tuple[list[Group], frozenset[tup
                 reason, children = None, rest
         if len(children) < 2:
             reason = "the model needs all layers but one"
+        name = "layers" if not groups else f"layers_{len(groups) + 1}"
         size, modules = len(children), tuple(children)
         group = Group(name, "layers", None, size, (), frozen=reason, modules=modules, path=parent)
         groups.append(group)
@@ -113,8 +113,7 @@ def _depends_on_place(
 ) -> str | None:
     """Return which input of a layer depends on its place in the list, or None.
 
-    Layers may get different inputs by a property of their own, or by a list in the config that is
-    cut with them. So some layers are removed, and the others must get the same inputs as before.
+    Removes some layers; the others must then get the same inputs as before.
     """
     numbers = [int(child.rpartition(".")[2]) for child in children]
     dense = run.layers.given[parent]
@@ -150,8 +149,7 @@ def _why_fixed(model: nn.Module, trace: Trace) -> str | None:
             if name.endswith(("num_hidden_layers", "n_layer", "n_layers", "num_layers")):
                 return f"{name} sizes an axis as well ({equation.where})"
     config = getattr(model, "config", None)
-    both = (config, getattr(config, "text_config", None))
-    for settings in (one for one in both if one is not None):
+    for settings in filter(None, (config, getattr(config, "text_config", None))):
         for name in ("layer_types", "layers_block_type"):
             kinds = getattr(settings, name, None)
             keys = {name, *(getattr(settings, "attribute_map", None) or {}).values()}
@@ -195,11 +193,7 @@ def _held_elsewhere(model: nn.Module, parent: str) -> str | None:
 
 
 def _passes_through(trace: Trace, calls: list[Any], *, whole: bool = False) -> bool:
-    """Whether the last axis of a layer's output is that of its input; with ``whole``, all axes.
-
-    Otherwise (a layer that mixes parallel streams anew) other units would be removed before the
-    layer than behind it, and they would meet without it.
-    """
+    """Whether the last axis of a layer's output is that of its input; with ``whole``, all axes."""
     return all(
         pairs is not None and all(trace.atoms.same(*pair) for pair in pairs[: None if whole else 1])
         for pairs in calls

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from llm_pruner.models.forward import (
     base_model,
@@ -118,10 +118,8 @@ def instead(scene: Scene) -> Iterator[Scene]:
 
 def is_of_transformers(model: nn.Module) -> bool:
     """Whether a model is run like those of ``transformers``: by keywords, with a cache."""
-    library = sys.modules.get("transformers.modeling_utils")
-    if library is not None and isinstance(base_model(model), library.PreTrainedModel):
-        return True
-    return {"input_ids", "use_cache"} <= set(parameters_of(model))
+    own = isinstance(base_model(model), PreTrainedModel)
+    return own or {"input_ids", "use_cache"} <= set(parameters_of(model))
 
 
 def long_length(model: nn.Module, vocabulary: int) -> tuple[int, int | None]:
@@ -136,7 +134,6 @@ def long_length(model: nn.Module, vocabulary: int) -> tuple[int, int | None]:
     positions = maximum_length(model)
     if positions is not None:
         bound = min(bound, positions)
-    wanted = max((size + 1 for size in held), default=0)
     length = max((size + 1 for size in held if size < bound), default=0)
     length = min(bound, max(length, 128))
     # Odd, so that it is no multiple of a chunk size.
@@ -146,7 +143,7 @@ def long_length(model: nn.Module, vocabulary: int) -> tuple[int, int | None]:
         for _, name, size in _held(model)
         if type(size) is int and "window" in name and size >= length
     ]
-    return length, (max(windows) + 1 if windows and wanted > length else None)
+    return length, (max(windows) + 1 if windows else None)
 
 
 def _held(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
