@@ -53,9 +53,12 @@ SAMPLE = 2**26
 OVERHEAD = 1.5
 """Seconds of a pass over those of its matrix products: attention, normalisation, Python."""
 
-ESTIMATE, REFIT = 2, 4
-"""Passes over the text: of an estimate, in which most products are of the forward pass; of a refit,
-the dense and the cut model, and as much for the equations."""
+ESTIMATE, TAYLOR, REFIT = 2, 4, 1.5
+"""Passes over the text: of an estimate by activations and their gradients, of one by gradients of
+weights, and of a refit, which runs the dense and the cut model and solves its equations."""
+
+STEP = 3.3
+"""The same as ``OVERHEAD``, of a step that writes a token of each text."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,8 @@ class _Forecaster:
         self.scored = min(samples - self.held_out, settings.score_samples or samples)
         self.saved, read = 0, files / self.reading - self.turn
         self.stages["start"] = Taken(before, self.process)
-        self._book("load", self.taken["load"] + read, 0 if self.streamed else files)
+        loading = self.taken["text"] + self.taken["load"] + read  # checks are made before, too
+        self._book("load", loading, 0 if self.streamed else files)
         self._book("discover", settings.steps * self.taken["discover"], 0, 2 * run.refits)
 
     def _removed(self, in_blocks: int) -> float:
@@ -218,7 +222,7 @@ class _Forecaster:
         texts = min(settings.samples, max(TEXTS, WRITTEN // min(length, PIECE)))
         steps = math.ceil(settings.samples / texts) * (length - 1)
         copied = faster_in_bfloat16(self.total, self.loaded.model.dtype, "cpu")
-        seconds = OVERHEAD * steps * self._products(texts, torch.bfloat16 if copied else None)
+        seconds = STEP * steps * self._products(texts, torch.bfloat16 if copied else None)
         cache = texts * length * self.count * 2 * self.hidden * (2 if copied else self.width)
         more = 2 * self.total * copied + cache + 8 * texts * self.rows
         self._book("calibration text", seconds, more, 0 if copied else steps)
@@ -235,7 +239,8 @@ class _Forecaster:
         tokens = self.scored * length * run.criterion.reads_text
         states = min(TOKENS, tokens) * (8 * self.hidden + 6 * self.inner) * 4 * self.count
         more = min(states, ACTIVATIONS) if tokens else 0
-        seconds = ESTIMATE * tokens * settings.steps * self.each
+        passes = TAYLOR if run.criterion.name == "taylor" else ESTIMATE
+        seconds = passes * tokens * settings.steps * self.each
         self._book("estimate", seconds, more, 4 * settings.steps)
         logits = self.cut + (2 * self.held_out * length + 12 * TOGETHER) * self.rows
         names = len(run.selection.structures)
@@ -259,7 +264,9 @@ class _Forecaster:
         stage = "verify" if settings.verify else "cut"
         self._book(stage, compared * settings.steps, self.cut, 2 * settings.verify)
         if run.refits:
-            tokens = self.length * (settings.samples * settings.refit_text - settings.samples / 8)
+            written = not WRITERS.keys().isdisjoint(shares_of(settings.calibration))
+            times = (1.0 if written else settings.refit_text) - 1 / 8
+            tokens = self.length * settings.samples * times
             more = 3 * self.inner * (self.inner + self.hidden) * 4
             more += TOKENS * (8 * self.hidden + 6 * self.inner) * 4
             seconds = REFIT * tokens * self.each * settings.steps
