@@ -168,8 +168,8 @@ def stream_(
     _ROOMS[model] = room
 
 
-def _ends(model: Any, uses: Mapping[int, int], widened: torch.dtype | None) -> Iterator[nn.Module]:
-    """Yield the embedding and the head, where nothing else uses their weights.
+def _ends(model: Any, uses: Mapping[int, int], widened: torch.dtype | None) -> list[nn.Module]:
+    """Return the embedding and the head, where nothing else uses their weights.
 
     ``uses`` counts the modules that hold a parameter, by id. The embedding stays in memory unless
     its rows can be read from the mapped file and ``widened`` to the type of computation.
@@ -179,9 +179,10 @@ def _ends(model: Any, uses: Mapping[int, int], widened: torch.dtype | None) -> I
     if type(table) is nn.Embedding and table.max_norm is None and widened is not None:
         found += [table] if torch.promote_types(table.weight.dtype, widened) == widened else []
     held = Counter(id(one) for end in found for one in end.parameters())
-    for end in found:
-        if all(uses[id(one)] == held[id(one)] for one in end.parameters()):
-            yield end
+    lone = [end for end in found if all(uses[id(one)] == held[id(one)] for one in end.parameters())]
+    # Ends that share a weight are both read for each call, or neither is.
+    tied = len(held) < sum(held.values())
+    return lone if not tied or len(lone) == len(found) else []
 
 
 def _set_apart_(model: nn.Module) -> dict[int, torch.Tensor]:
