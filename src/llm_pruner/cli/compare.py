@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +16,7 @@ from llm_pruner.files.outputs import check_file, write_output
 from llm_pruner.report.text import clean
 
 if TYPE_CHECKING:
-    from llm_pruner.report.compare import Column, Comparison
+    from llm_pruner.report.compare import Comparison
 
 EXAMPLES = """\b
 Examples:
@@ -26,7 +25,6 @@ Examples:
   llm-pruner compare ./small ./smaller --markdown > table.md
 """
 
-_WIDTH = 80
 _HEADINGS = {
     "size": "Size",
     "how": "How they were made",
@@ -76,35 +74,12 @@ def command(
 
 
 def show(found: Comparison) -> None:
-    """Print one table per subject, or several where one would not fit."""
+    """Print a table for each subject, with a column for each model."""
     out = Screen()
-    for subject in dict.fromkeys(column.subject for column in found.columns):
+    for subject, title in _HEADINGS.items():
         columns = [column for column in found.columns if column.subject == subject]
-        title = _HEADINGS[subject]
-        for part in _parts(found.labels, columns):
-            rows = [
-                (label, *(column.cells[place] or "-" for column in part))
-                for place, label in enumerate(found.labels)
-                if any(column.cells[place] for column in part)
-            ]
-            names = ("model", *(column.name for column in part))
-            words = tuple(column.name for column in part if column.text)
-            out.table(title, names, rows, text=words)
-            title = f"{_HEADINGS[subject]} (continued)"
+        rows = [(one.name, *(cell or "-" for cell in one.cells)) for one in columns]
+        if rows:
+            out.table(title, ("", *found.labels), rows)
     for note in found.notes:
         out.print(clean(note))
-
-
-def _parts(labels: Sequence[str], columns: Sequence[Column]) -> Iterator[list[Column]]:
-    """Yield columns that fit beside the labels; words wrap, so they always do."""
-    first = max(len("model"), *(min(len(label), _WIDTH // 3) for label in labels))
-    part: list[Column] = []
-    used = first
-    for column in columns:
-        width = 3 + max(len(column.name), *(len(cell) for cell in column.cells))
-        if part and used + width > _WIDTH and not column.text:
-            yield part
-            part, used = [], first
-        part.append(column)
-        used += width
-    yield part

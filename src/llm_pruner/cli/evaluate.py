@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,11 +11,11 @@ import typer
 
 from llm_pruner.cli.output import Screen, hand_over, warn
 from llm_pruner.files.disk import expanded
-from llm_pruner.report.text import clean, count, in_percent
+from llm_pruner.report.text import clean, count, in_percent, measured
 from llm_pruner.settings.evaluate import EvaluateSettings
 
 if TYPE_CHECKING:
-    from llm_pruner.evaluation.zero_shot import Mean
+    from llm_pruner.evaluation.perplexity import PerplexityResult
     from llm_pruner.report.records import Abilities, Measured, ZeroShot
 
 EXAMPLES = """\b
@@ -23,8 +24,7 @@ Examples:
   llm-pruner evaluate ./small --perplexity c4 --against MODEL
   llm-pruner evaluate ./small --perplexity text.txt --protocol paper
   llm-pruner evaluate ./small --perplexity c4 --report ./small
-  llm-pruner evaluate ./small --tasks paper
-  llm-pruner evaluate ./small --tasks paper --tasks-data tasks/ --limit 200
+  llm-pruner evaluate ./small --tasks paper --limit 200
   llm-pruner evaluate ./small --skills humaneval --run-code --against MODEL
   llm-pruner evaluate ./small --health
 """
@@ -62,39 +62,7 @@ def show(found: Measured) -> None:
     out = Screen()
     out.print(f"{clean(found.model)}: {count(found.parameters)} parameters")
     if found.perplexity:
-        rows = [
-            (
-                result.corpus,
-                result.split or "-",
-                result.protocol,
-                result.window,
-                f"{result.tokens:,}",
-                f"{result.perplexity:.2f}",
-                "-" if result.stderr is None else f"{result.stderr:.2f}",
-            )
-            for result in found.perplexity
-        ]
-        columns = ("corpus", "split", "protocol", "window", "tokens", "perplexity", "stderr")
-        out.table("Perplexity", columns, rows)
-        known = [one for one in found.perplexity if one.bits_per_byte is not None]
-        if known:
-            each = (f"{clean(one.corpus)} {one.bits_per_byte:.4f}" for one in known)
-            out.print(f"bits per byte: {', '.join(each)}")
-    compared = [(one.corpus, one.divergence) for one in found.perplexity if one.divergence]
-    if compared:
-        kept = [
-            (
-                corpus,
-                f"{far.kl:.4f}",
-                "-" if far.kl_stderr is None else f"{far.kl_stderr:.4f}",
-                f"{100 * far.changed:.2f}%",
-                "-" if far.changed_stderr is None else f"{100 * far.changed_stderr:.2f}%",
-                f"{far.perplexity:.2f}",
-            )
-            for corpus, far in compared
-        ]
-        headings = ("corpus", "KL, nats", "stderr", "other token", "stderr", "its perplexity")
-        out.table(f"Against {compared[0][1].against}", headings, kept)
+        _show_perplexity(out, found.perplexity)
     if found.zero_shot is not None:
         _show_tasks(out, found.zero_shot, found.dense)
     if found.kept is not None and found.kept.value is not None:
@@ -103,7 +71,8 @@ def show(found: Measured) -> None:
     if found.kept is not None and found.kept.flips is not None:
         shown = in_percent(found.kept.flips, found.kept.flips_stderr)
         out.print(f"answered right by one of both alone (flips): {shown}%")
-    _show_abilities(out, found)
+    if found.skills or found.health:
+        _show_abilities(out, found)
     if found.speed is not None:
         out.print(
             f"prefill {found.speed.prefill_tokens_per_second:.1f} tokens/s, "
@@ -114,17 +83,42 @@ def show(found: Measured) -> None:
         out.out(f"> {clean(text)}{said}", highlight=False)
 
 
+def _show_perplexity(out: Screen, found: Sequence[PerplexityResult]) -> None:
+    rows = [
+        (
+            *(one.corpus, one.split or "-", one.protocol, one.window, f"{one.tokens:,}"),
+            measured(one.perplexity, one.stderr, ".2f"),
+            "-" if one.bits_per_byte is None else f"{one.bits_per_byte:.4f}",
+        )
+        for one in found
+    ]
+    columns = ("corpus", "split", "protocol", "window", "tokens", "perplexity", "bits per byte")
+    out.table("Perplexity", columns, rows)
+    compared = [(one.corpus, one.divergence) for one in found if one.divergence]
+    if compared:
+        kept = [
+            (
+                corpus,
+                measured(far.kl, far.kl_stderr, ".4f"),
+                in_percent(far.changed, far.changed_stderr),
+                f"{far.perplexity:.2f}",
+            )
+            for corpus, far in compared
+        ]
+        headings = ("corpus", "KL, nats", "other token, %", "its perplexity")
+        out.table(f"Against {compared[0][1].against}", headings, kept)
+
+
 def _show_abilities(out: Screen, found: Measured) -> None:
     """Print skills and health, with the dense model's beside them if one was named."""
-    if not (found.skills or found.health):
-        return
     from llm_pruner.report.facts import shares  # imports torch
 
-    names = [one.model for one in (found, found.dense) if one]
-    each = [{name: one for name, one, _ in shares(of)} for of in (found, found.dense) if of]
+    models = [one for one in (found, found.dense) if one]
+    each = [{name: one for name, one, _ in shares(of)} for of in models]
     rows = [
         (name, *(in_percent(one[name].value, one[name].stderr) for one in each)) for name in each[0]
     ]
+    names = [one.model for one in models]
     out.table("Skills and long answers, %", ("share of", *names), rows, text=("share of",))
     for skill in found.skills:
         if skill.endings:
@@ -134,43 +128,36 @@ def _show_abilities(out: Screen, found: Measured) -> None:
 
 def _show_tasks(out: Screen, found: ZeroShot, dense: Abilities | None) -> None:
     """Print a line for each metric of each task, and the means, beside the dense model's."""
-    beside = {one.model: one.zero_shot for one in [dense] if one and one.zero_shot}
+    beside = {dense.model: dense.zero_shot} if dense and dense.zero_shot else {}
     others = [{task.task: task.metrics for task in one.tasks} for one in beside.values()]
     rows = [
         (
             result.task if number == 0 else "",
             f"{result.documents:,}" if number == 0 else "",
             f"{name} *" if name == result.paper_metric else name,
-            f"{metric.value:.4f}",
-            "-" if metric.stderr is None else f"{metric.stderr:.4f}",
+            measured(metric.value, metric.stderr, ".4f"),
             *(f"{one[result.task][name].value:.4f}" for one in others),
         )
         for result in found.tasks
         for number, (name, metric) in enumerate(result.metrics.items())
     ]
     title = f"Zero-shot (lm-evaluation-harness {found.versions['lm_eval']})"
-    columns = ("task", "items", "metric", "value", "stderr", *beside)
-    out.table(title, columns, rows, text=("metric",))
+    out.table(title, ("task", "items", "metric", "value", *beside), rows, text=("metric",))
     for words, name in {"seven tasks": "mean", "six without boolq": "mean_without_boolq"}.items():
         means = {model: getattr(one, name) for model, one in {"": found, **beside}.items()}
-        shown = [f"{clean(model)} {_mean(one)}".strip() for model, one in means.items() if one]
-        if shown:
-            out.print(f"mean of the {words}: {', '.join(shown)}")
+        each = [(m, measured(one.value, one.stderr, ".4f")) for m, one in means.items() if one]
+        if each:
+            shown = ", ".join(f"{clean(model)} {value}".strip() for model, value in each)
+            out.print(f"mean of the {words}: {shown}")
     if any(result.paper_metric for result in found.tasks):
         out.print("* the metric that LLM-Pruner reports, and that a mean takes")
-    cut = [
-        f"{result.truncated:,} answers of {result.task}"
-        for result in found.tasks
-        if result.truncated
-    ]
+    cut = ", ".join(
+        f"{one.truncated:,} answers of {one.task}" for one in found.tasks if one.truncated
+    )
     if cut:
-        out.print(f"longer than the model reads, so their start was cut: {clean(', '.join(cut))}")
+        out.print(f"longer than the model reads, so their start was cut: {clean(cut)}")
     if found.cached:
         out.print(f"known from an earlier run: {clean(', '.join(found.cached))}")
-
-
-def _mean(found: Mean) -> str:
-    return f"{found.value:.4f}" + ("" if found.stderr is None else f" +- {found.stderr:.4f}")
 
 
 TASKS_EXAMPLES = """\b
