@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
@@ -73,7 +72,7 @@ class Model:
         self.tokenizer = loaded.tokenizer
         self.groups: Discovery | None = None
         self.plan: Plan | None = None
-        self._dense_config = copy.deepcopy(self.network.config)
+        self._dense_config = deepcopy(self.network.config)
         self._surgeon: Surgeon | None = None  # once it was cut
         self._removed: Removal = {}  # in dense numbering
         self._refitter: Refitter | None = None
@@ -101,7 +100,7 @@ class Model:
             save_checkpoint(
                 self.network,
                 out,
-                edits=Edits({}, {}, {}, {}) if self._surgeon is None else self._surgeon.edits,
+                edits=Edits() if self._surgeon is None else self._surgeon.edits,
                 plan_json=None if self.plan is None else self.plan.to_json(),
                 tokenizer=self.tokenizer,
                 processor=self.loaded.processor,
@@ -139,7 +138,6 @@ class _Presets:
     """
 
     def __call__(self, name: str | Path, **settings: Any) -> PlanSettings:
-        """Return a preset by its name, or a YAML file."""
         return PlanSettings(preset=str(name), **settings)
 
     def __getattr__(self, name: str) -> Callable[..., PlanSettings]:
@@ -162,8 +160,7 @@ def Taylor(order: str = "first", **how: str) -> Criterion:  # noqa: N802
 def Lora(rank: int | None = None, **settings: Any) -> TrainingSettings:  # noqa: N802
     """Return settings of training with low-rank adapters, of rank 8 unless a preset says otherwise.
 
-    Keywords are the options of ``recover`` that say how it trains; a ``preset`` may name another
-    method. Those of its data are fields of ``RecoverSettings``, which `recover_` takes as well.
+    Keywords are the options of ``recover`` that say how it trains.
     """
     return TrainingSettings(**settings | {"lora_r": rank})
 
@@ -173,7 +170,6 @@ def _criterion(given: Criterion | str) -> Criterion:
 
 
 def _tokens(text: Any, network: nn.Module) -> torch.Tensor:
-    """Return the token ids, shape (samples, tokens), of a text or as they are given."""
     return text.input_ids if isinstance(text, Calibration) else token_ids(text, network)
 
 
@@ -216,27 +212,20 @@ def calibration(
     Raises:
         UserError: it cannot be read, or holds too few tokens.
     """
-    asked = CalibrationSettings(
-        calibration=str(source),
-        samples=samples,
-        seq_len=seq_len,
-        text_split=text_split,
-        text_field=text_field,
-    )
+    size = {"samples": samples, "seq_len": seq_len}
+    fields = {"text_split": text_split, "text_field": text_field}
+    asked = CalibrationSettings(calibration=str(source), **size, **fields)
     return read_calibration(model.current, asked, seed, Clock())
 
 
 def discover(model: Model | LoadedModel | nn.Module, **how: Any) -> Discovery:
     """Return the groups of units that must be removed together; see ``discovery.discover``.
 
-    Those of a `Model` are found once, and stay those of the dense one; with ``how`` anew.
-
     Args:
         how: ``forward``, which runs it, or ``tokens`` to run it on, shape (batch, sequence).
 
     Raises:
         DiscoveryError: the model could not be run.
-        UserError: it is no model, or the tokens are none of its own.
     """
     if not isinstance(model, Model):
         return discover_groups(module_of(model), **how)
@@ -286,9 +275,8 @@ def plan(model: Model, groups: Discovery, scores: Scores | None, settings: PlanS
     Args:
         model: the dense model.
         groups: from `discover`.
-        scores: from `score`: their criterion and text hold, whatever the settings name; None to
-            estimate as the settings say: anew before each of several steps, and where the split is
-            found by trials, on text that does not judge them.
+        scores: from `score`: their criterion and text win over the settings'; None to estimate as
+            the settings say.
         settings: how much, where from, such as ``presets.paper(ratio=0.2)``.
 
     Raises:
@@ -336,8 +324,7 @@ def curve(
         model: the dense model.
         settings: how it is pruned, such as ``presets.balanced(calibration="c4")``; by default
             ``presets.balanced()``.
-        ratios: shares of all parameters to remove, or one share; the points come from the smallest
-            on.
+        ratios: shares of all parameters to remove.
         text: a corpus to measure on, as for `perplexity`; None for what calibration leaves of its
             source.
         measured_tokens: of it, at most.
@@ -369,8 +356,7 @@ def prune_(
     """Remove units from a model in place.
 
     Either ``prune_(model, plan)``, or of any module ``prune_(module, discovery, removal)``, which
-    returns what was changed; see ``surgery.prune_``. A `Model` keeps its dense weights until it was
-    refitted or trained.
+    returns what was changed. A `Model` keeps its dense weights until it was refitted or trained.
 
     Args:
         removal: group name -> units, in any collection, or a mask that is true for them.
@@ -403,17 +389,14 @@ def refit_(model: Model, text: Calibration | ArrayLike) -> None:
 
     Args:
         model: pruned by `prune_`.
-        text: from `calibration`, made before pruning or after, or token ids, shape (samples,
-            seq_len); all that is read, so ask for more samples of it than importance needs.
+        text: from `calibration`, or token ids, shape (samples, seq_len); more samples are better
+            than importance needs.
 
     Raises:
-        UserError: it was not pruned, or was refitted or trained since; or that is no text.
+        UserError: it was not pruned, or was refitted or trained since.
     """
     if model._refitter is None:
-        raise UserError(
-            "there is nothing to refit; prune the model first, and refit it once, before it is "
-            "trained"
-        )
+        raise UserError("there is nothing to refit; prune the model and refit it before training")
     tokens = _tokens(text, model.network)
     model._refitter.refit(model._removed, *fitted_and_judged(tokens))
     model._refitter = None  # and with it the dense weights
@@ -429,16 +412,14 @@ def recover_(
 ) -> Outcome:
     """Train a model; it keeps its weights if held-out examples did not gain.
 
-    Where they did, ``model.network`` is another one afterwards, all of whose weights can be
-    trained.
+    Where they did, ``model.network`` is another module afterwards.
 
     Args:
         model: pruned or not.
         data: instructions, chats or text: a hub dataset or a file; ``self``: the teacher writes.
-        settings: such as ``Lora(rank=8)``, or ``RecoverSettings`` with what is to be done with the
-            data; its ``model``, ``out`` and ``data`` are those of here.
-        teacher: the dense model, which writes ``self``; its predictions are learned by the command
-            alone.
+        settings: such as ``Lora(rank=8)``, or ``RecoverSettings``, which also has options of the
+            data.
+        teacher: the dense model, which writes ``self``.
         trainer: ``callbacks``, ``optimizer_cls_and_kwargs`` and others that transformers' Trainer
             takes, but no ``optimizers``: a copy of the model is trained.
 
@@ -446,22 +427,14 @@ def recover_(
         UserError: the data cannot be read, or does not do for the model, or there is no tokenizer.
     """
     # What trains is imported when it is used: other steps do without peft.
-    from llm_pruner.commands.recover import (
-        as_teacher,
-        check_data,
-        make_samples,
-        read_examples,
-    )
+    from llm_pruner.commands.recover import as_teacher, check_data, make_samples, read_examples
     from llm_pruner.recovery import recover_ as train_
 
     said = {"model": model.loaded.name, "out": _NEW, "data": (str(data),)}
     said |= {"teacher": None if teacher is None else teacher.loaded.name}
     asked = RecoverSettings(**settings.written() | said)
     if PRUNED in asked.data:
-        raise UserError(
-            "data 'pruned' is text that a teacher judges, which the command recover does; give "
-            "other data here"
-        )
+        raise UserError("data 'pruned' is for the command recover; give other data here")
     check_data(asked)
     model.current.require_tokenizer()
     check_trains(str(model.network.device))
@@ -496,11 +469,8 @@ def health(model: Model, prompts: Sequence[str] | None = None) -> Health:
     """Return how many of the model's long answers loop, and how many never end.
 
     Args:
-        prompts: put as a user's message where there is a chat template; None for the 40 of
+        prompts: put as a user's message where there is a chat template; None for those of
             ``evaluate --health``.
-
-    Raises:
-        UserError: there is no tokenizer.
     """
     texts = own_prompts() if prompts is None else (*prompts,)
     asked = health_prompts(texts, None)

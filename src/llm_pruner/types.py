@@ -1,7 +1,7 @@
-"""Values that rooms hand to each other: frozen, without behaviour that needs a model.
+"""Values that rooms hand to each other.
 
-Names follow the field: a *group* is a set of axes removed together, a *member* one tensor axis in
-it, a *unit* what one index removes (a head, a channel, a layer).
+A *group* is a set of axes removed together, a *member* one tensor axis in it, a *unit* what one
+index removes (a head, a channel, a layer).
 """
 
 from __future__ import annotations
@@ -45,11 +45,9 @@ class Member:
     """One tensor axis of a group.
 
     Attributes:
-        tensor: qualified name of the parameter or buffer (the first name, if it is tied).
-        dim: axis of the tensor.
-        index: shape (units, k); row u holds the positions along ``dim`` that unit u owns.
-        order: place of the tensor's first use in the forward pass; the largest in a group is the
-            member that executes last.
+        tensor: name of the parameter or buffer (the first name, if it is tied).
+        index: shape (units, k); row u holds the positions along axis ``dim`` that unit u owns.
+        order: place of the tensor's first use in the forward pass.
         buffer: true for buffers and plain tensor attributes, which carry no importance.
         reads: whether a product of the tensor and an activation sums over the axis.
     """
@@ -84,14 +82,12 @@ class Group:
             that keeps any unit must lose the same number (query heads inside key-value groups).
         companions: groups whose removed counts are bound to this one's.
         frozen: why no unit may be removed, or None.
-        multiple: the number of units kept must be a multiple of this, because an operation that
-            reads the axis needs it (grouped expert products need strides of 16 bytes).
-        least: the number of units that must be kept at least: a router chooses as many of them for
-            each token.
+        multiple: the number of units kept must be a multiple of this (grouped expert products need
+            strides of 16 bytes).
+        least: the number of units that must be kept at least, as a router chooses so many.
         modules: for ``layers`` only, the qualified module name of each unit.
         owner: name of the group whose units are the blocks (key-value heads), if there is one.
-        path: the list of modules that ``layer`` counts in, or, for ``layers``, whose children the
-            units are; empty where the group spans several layers.
+        path: the list of modules that ``layer`` counts in, or whose children the ``layers`` are.
     """
 
     name: str
@@ -133,12 +129,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Layer:
-    """What is left of one decoder layer, or of the groups that span all layers.
+    """What is left of one decoder layer, or (None) of the groups that span all layers.
 
-    Attributes:
-        layer: number in the dense model; None for groups that span all layers.
-        removed: the layer goes whole.
-        sizes: short name of a group (``heads``, ``ffn``) -> (kept, dense) number of units.
+    ``sizes`` is short name of a group (``heads``, ``ffn``) -> (kept, dense) number of units.
     """
 
     layer: int | None
@@ -148,14 +141,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Size:
-    """Parameter counts of a model, a tied parameter once; None what is not known.
-
-    Attributes:
-        total: all parameters.
-        embedding: input and output embeddings.
-        blocks: the decoder layers.
-        bytes: memory of all parameters in the model's own types.
-    """
+    """Parameter counts of a model, a tied parameter once; None what is not known."""
 
     total: int
     embedding: int | None = None
@@ -201,8 +187,7 @@ class Discovery:
         shapes: shape of every parameter, tied ones once, by its first name.
         buffers: shape of every buffer and plain tensor attribute.
         aliases: other names of tied parameters -> first name.
-        graph: the trace behind it, which solves for module attributes; opaque outside
-            ``tracing``, ``surgery`` and ``verification``.
+        graph: the trace behind it, for ``tracing`` and ``surgery`` alone.
     """
 
     groups: tuple[Group, ...]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,12 @@ import numpy as np
 import pytest
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
-from command import done, run, save_tiny, write_text
+from command import run, save_tiny
 from fake_discovery import fake_llama
 from families import fresh
 from llm_pruner import Criterion, Selection, Target, allocate, discover, prune_, score
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import count_work
-from llm_pruner.models.load import load_model
 from llm_pruner.planning import Cost, Numbering
 from llm_pruner.search.cache_cost import cache_cost
 from llm_pruner.types import Removal
@@ -59,20 +57,6 @@ def test_structures_that_leave_the_cache_alone_are_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [1, 3])
-def test_by_command(dense: Path, tmp_path: Path, steps: int) -> None:
-    given = ("--kv-cache", 0.5, "--criterion", "fisher", "--scope", "global", "--steps", steps)
-    given += ("--calibration", write_text(tmp_path / "text.txt"), "--samples", 4, "--seq-len", 32)
-    given += ("--protect-first", 0, "--protect-last", 0)
-    done("prune", dense, "--out", tmp_path / "out", *given)
-    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
-    assert (plan["settings"]["kv_cache"], plan["settings"]["steps"]) == (0.5, steps)
-    assert {row["kind"] for row in plan["groups"]} <= {"heads", "value_dim"}
-    before, after = (load_model(str(folder)).model for folder in (dense, tmp_path / "out"))
-    assert cache_of(after) == cache_of(before) / 2
-
-
-@pytest.mark.slow
 def test_what_cannot_be_is_one_line(dense: Path, tmp_path: Path) -> None:
     tries = {
         ("--kv-cache", 0.5, "--structures", "ffn"): "is as large without them",
@@ -91,12 +75,6 @@ def test_what_cannot_be_is_one_line(dense: Path, tmp_path: Path) -> None:
         assert len(result.err.splitlines()) == 1
         assert said in result.err
         assert not (tmp_path / "out").exists()
-
-
-def test_sizes_that_multiply_are_refused() -> None:
-    model, discovery = fresh("llama")
-    with pytest.raises(UserError, match="head_dim takes a part of each of heads; name one"):
-        cache_cost(model, discovery, Selection(("heads", "head_dim")), Numbering.dense(discovery))
 
 
 def test_prices_are_measured_anew_after_a_step() -> None:

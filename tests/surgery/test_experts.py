@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 import architectures
 
-from command import done, refused
 from families import discovered, make
-from helpers import tiny_model, tiny_tokenizer
 from llm_pruner import Criterion, Selection, Target, allocate, score
 from llm_pruner.checkpoints import save_checkpoint
 from llm_pruner.discovery.groups import discover
@@ -234,30 +231,6 @@ def test_saved_and_loaded(
     )
     assert torch.equal(one, other)
     assert torch.equal(one, again)
-
-
-@pytest.mark.slow
-def test_by_command(tmp_path: Path) -> None:
-    folder, out, report = tmp_path / "dense", tmp_path / "out", tmp_path / "report.json"
-    tiny_model("mixtral").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    options = ("--structures", "experts", "--criterion", "l2")
-    whole = ("--protect-first", 0, "--protect-last", 0)
-    done("prune", folder, "--out", out, "--unit-ratio", 0.25, "--json", report, *options, *whole)
-    found = json.loads(report.read_text())
-    assert (found["saved_as"], found["needs"]) == ("stock", [])
-    assert json.loads((out / "config.json").read_text())["num_local_experts"] == 3
-    assert found["twin_difference"] <= 1e-5
-    # Of the plan's three experts a third is too many: each token is given two.
-    plan = json.loads((out / "plan.json").read_text())
-    for group in plan["groups"]:
-        if group["kind"] == "experts":
-            group["removed"] = "0-2"
-    broken = tmp_path / "plan.json"
-    broken.write_text(json.dumps(plan))
-    more = ("--out", tmp_path / "more", "--plan", broken)
-    said = refused("prune", folder, *more, lines=4, within=tmp_path)
-    assert "leaves 1 units, but the model chooses 2 of them for every token" in said
 
 
 # --------------------------------------------------------------------------- hand-written mixtures

@@ -208,7 +208,6 @@ class System:
 
 
 def _scale(energy: torch.Tensor) -> torch.Tensor:
-    """Return D^-1/2."""
     least = (_FLOOR * energy.mean()).clamp_min(torch.finfo(energy.dtype).tiny)
     return energy.clamp_min(least).rsqrt()
 

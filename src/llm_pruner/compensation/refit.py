@@ -157,7 +157,6 @@ class _Consumer:
 def _consumers_left(
     model: nn.Module, dense: nn.Module, discovery: Discovery, removal: Removal
 ) -> dict[int, _Consumer]:
-    """Return id of the dense module -> consumer, for the consumers that are left."""
     removed = removed_positions(discovery, removal)
     rename = Renaming(kept_layers(dense, removed_modules(discovery, removal)))
     consumers: dict[int, _Consumer] = {}
@@ -216,8 +215,6 @@ class _Rows:
 
 
 class _Refit:
-    """The state of a walk through both models."""
-
     def __init__(
         self,
         pruned: Chain,
@@ -355,7 +352,6 @@ class _Refit:
         return chain.run_block(index, self.ids[part], states, carried)[1]
 
     def _next(self, index: int) -> int:
-        """Return the number of the dense block that the next pruned one stands for."""
         return [*self.twins, len(self.dense.blocks)][index + 1]
 
     def _dense_outputs(

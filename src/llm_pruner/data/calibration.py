@@ -157,8 +157,6 @@ class _Wanted(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What one source gives: windows to read, others that are not among them, and its name."""
-
     windows: torch.Tensor
     unseen: torch.Tensor
     name: str
@@ -166,8 +164,6 @@ class _Part(NamedTuple):
 
 
 def _documents(asked: CalibrationSettings, limits: Mapping[str, int]) -> dict[str, Documents]:
-    """Return the documents of the sources that no model writes, so many of a dataset."""
-
     def read(source: str, text_field: str | None) -> Documents:
         how: Any = {"split": asked.text_split, "limit": limits[source]}
         return load_documents(source, text_field=text_field, **how)

@@ -277,7 +277,6 @@ def _starts(
 
 
 def _blank_line(tokenizer: Any) -> list[int]:
-    """Return what parts documents where the tokenizer adds nothing of its own."""
     return bare_ids(tokenizer, "\n\n")
 
 

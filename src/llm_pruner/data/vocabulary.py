@@ -173,13 +173,11 @@ class Vocabulary:
 
 
 def _pair(merge: str | list[str]) -> tuple[str, str]:
-    """Read a merge in either of the two forms that files have it in."""
     left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
     return left, right
 
 
 def _renumber_(processor: Any, new: dict[int, int]) -> None:
-    """Renumber the special tokens that a post-processor puts around a text."""
     if isinstance(processor, list):
         for one in processor:
             _renumber_(one, new)

@@ -291,7 +291,6 @@ class _BlockPass:
             )
 
     def _by_sample(self) -> None:
-        """Run some samples after others through all blocks, and straight back."""
         collector, order = self.collector, range(self.count - 1, self.lowest - 1, -1)
         if self.stride > 1 and self.batches.own:
             first = self.batches.own[0].start
@@ -335,7 +334,6 @@ class _BlockPass:
         return self.chain.run(self.ids[part], handler, positions)
 
     def _there_and_back(self, part: slice) -> None:
-        """Run some samples through all blocks and pull the gradient back through each."""
         runs: list[_Run] = []
         positions = self._positions(part)
         logits = self._through(part, positions, runs)
@@ -350,13 +348,11 @@ class _BlockPass:
             self.collector.passed(index, part, hidden, output, gradient)
 
     def _passed(self, index: int) -> None:
-        """Drop the hidden states before a block unless they are kept."""
         if self.collector.keep is None:
             self.states.drop(index)
 
     @torch.no_grad()
     def _forward(self) -> None:
-        """Store the hidden states of all samples, block after block."""
         size = self.held or len(self.ids)
         own = [part for batch, _ in self.batches.all for part in self.batches.parts(batch, size)]
         for part in own:
@@ -395,7 +391,6 @@ class _BlockPass:
         self._store(part, *below)
 
     def _store(self, part: slice, gradient: torch.Tensor | None, factor: float) -> None:
-        """Store the gradient at a boundary, in float32 or wider."""
         self.gradients.write(0, part, _widened(gradient, factor))
 
     def _outside(self, part: slice) -> None:
@@ -416,7 +411,6 @@ class _BlockPass:
 
 
 def _widened(gradient: torch.Tensor | None, factor: float) -> torch.Tensor:
-    """Return the gradient at a boundary in float32 or wider."""
     if gradient is None:
         raise AssertionError("a boundary without a gradient passed the probe")
     wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))

@@ -129,7 +129,6 @@ def _seen(model: nn.Module, input_ids: torch.Tensor | None, name: str) -> Iterat
 
 
 def _layer_parameters(model: nn.Module, module: str) -> list[str]:
-    """Return the first names of the parameters of one module."""
     inside = {id(parameter) for parameter in model.get_submodule(module).parameters()}
     return [name for name, parameter in model.named_parameters() if id(parameter) in inside]
 

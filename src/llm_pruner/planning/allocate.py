@@ -1,17 +1,15 @@
 """Importance and a target give the units to remove.
 
 Scope ``local`` takes the same share of every chosen group. With a target in parameters that share
-is found by bisection on the exact parameter count; groups with few units (heads) take the nearest
-whole number and finely divided ones (FFN channels) take up the rest, equally in all layers if that
-meets the target. Where it does not, groups of one structure differ by one unit.
+is found by bisection on the exact parameter count; finely divided groups (FFN channels) take up
+what coarse ones (heads) leave.
 
 Scope ``global`` ranks the units of all chosen groups by
 
     (importance of the unit + importance of what must go with it) / parameters it removes
 
-with the parameters counted in the model as it is before any removal, and takes them from the
-bottom. The importance is used as it comes: only criteria whose values are comparable across groups,
-such as estimates of the change in loss, rank well this way; norms do not.
+and takes them from the bottom. Only criteria whose values are comparable across groups, such as
+estimates of the change in loss, rank well this way; norms do not.
 """
 
 from __future__ import annotations
@@ -52,10 +50,8 @@ def allocate(
     """Return the units to remove, complete: blocks level, companions included.
 
     A unit ratio removes floor(n * unit_ratio) of a group's n units, rounded to the nearest size
-    that ``round_to`` allows; of query heads, that share of each key-value head's; of layers, of
-    those that are not protected. With one ranking over all groups (scope ``global``) it is the
-    share of each kind over all chosen groups. A target in parameters is met within 0.5 points of
-    the dense model's parameters. Equal inputs give equal results; ties go by unit index.
+    that ``round_to`` allows; with scope ``global`` that share of each kind. A target in parameters
+    is met within 0.5 points of the dense model's parameters. Ties go by unit index.
 
     Args:
         discovery: the model to prune, which may have been pruned before.
@@ -113,10 +109,7 @@ def _parameters(discovery: Discovery, numbering: Numbering, target: Target) -> C
 def check_reachable(
     discovery: Discovery, selection: Selection, target: Target, cost: Cost | None = None
 ) -> None:
-    """Raise what `allocate` would raise for this model whatever the importance is.
-
-    With one ranking over all groups a removal within 0.5 points may not be there all the same.
-    """
+    """Raise what `allocate` would raise for this model whatever the importance is."""
     scores = {group.name: np.zeros(group.size) for group in discovery.groups}
     if selection.scope == "local":
         allocate(discovery, scores, selection, target, cost=cost)
@@ -132,7 +125,6 @@ def check_reachable(
 
 
 def _spans(search: Search) -> dict[str, int]:
-    """Return structure -> what goes with all of it that can, as the target counts."""
     candidates, cost = search.candidates, search.cost
     spans = {}
     for kind, same in candidates.by_kind().items():
@@ -144,10 +136,7 @@ def _spans(search: Search) -> dict[str, int]:
 def with_equal_split(
     discovery: Discovery, selection: Selection, target: Target, cost: Cost | None = None
 ) -> Selection:
-    """Return a selection in which one ranking takes the same share of each structure.
-
-    With scope ``local`` that is so anyway. ``cost`` and errors are those of `allocate`.
-    """
+    """Return a selection in which one ranking takes the same share of each structure."""
     if selection.scope == "local" or len(selection.structures) == 1:
         return selection
     numbering = Numbering.dense(discovery)
@@ -225,7 +214,6 @@ def _cost_steps(
 
 
 def _searched(search: Search, selection: Selection, target: Target) -> dict[str, int]:
-    """Return the steps of each group that meet the target; UserError if none do."""
     prices = increment_prices(search.candidates, search.cost)
     if selection.split is None:
         _search(search, search.candidates.all, prices, selection)

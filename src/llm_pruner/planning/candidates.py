@@ -59,12 +59,9 @@ class Candidates:
 
 @dataclass(frozen=True)
 class AllCandidates:
-    """The candidates of all chosen groups, and the removal that a choice among them is.
+    """The candidates of all chosen groups; ``groups`` are all of the model.
 
-    Attributes:
-        all: in the order of the discovery.
-        groups: all groups of the model, by name.
-        orders: units of the chosen groups and of what follows them, least important first.
+    ``orders``: units of the chosen groups and of what follows them, least important first.
     """
 
     all: tuple[Candidates, ...]
@@ -86,8 +83,7 @@ class AllCandidates:
     def removal(self, steps: Mapping[str, int]) -> dict[str, IntArray]:
         """Return the removal, companions included, that takes ``steps[group name]`` steps.
 
-        Each takes the least important units. Units of layers and blocks that are gone anyway are
-        not named. Units are not sorted.
+        Units of layers and blocks that are gone anyway are not named. Units are not sorted.
         """
         removal: dict[str, IntArray] = {}
         gone: set[Place] = set()
@@ -117,12 +113,11 @@ def find_candidates(
     """Return what the groups that a selection prunes may lose.
 
     Args:
-        cost: what is to be freed: units that free none of it stay, and where all groups are ranked
-            together, layers go by what they free for their importance. By default all may go.
+        cost: what is to be freed: units that free none of it stay. By default all may go.
 
     Raises:
-        UserError: importance is missing, no group of a structure can lose anything (because of
-            ``round_to``, companions, or a single unit), or what `choose_groups` refuses.
+        UserError: importance is missing, no group of a structure can lose anything, or as
+            `choose_groups`.
     """
     chosen = choose_groups(discovery, selection, numbering)
     groups = discovery.by_name
@@ -143,7 +138,7 @@ def find_candidates(
 
 
 def why_none_can_go(discovery: Discovery, selection: Selection, structure: str) -> str | None:
-    """Return why no group of a structure can lose anything, but for protection; None if one can."""
+    """Return why no group of a structure can lose anything; None if one can."""
     everywhere: dict[str, Any] = {"layer_ranges": {}, "protect_first": 0, "protect_last": 0}
     whole = replace(selection, structures=(structure,), split=None, **everywhere)
     scores = {group.name: np.zeros(group.size) for group in discovery.groups}

@@ -46,7 +46,7 @@ def followers(group: Group, groups: Mapping[str, Group]) -> list[tuple[Companion
 
 
 def check(discovery: Discovery, removal: Removal, unreadable: Collection[str] = ()) -> list[str]:
-    """Return every reason why the removal cannot be applied; empty if there is none.
+    """Return every reason why the removal cannot be applied.
 
     - Units are unique and in range, and at least one of a group stays.
     - A frozen group loses nothing.

@@ -30,7 +30,7 @@ class Queue:
     """Increments in the order in which they are taken.
 
     Attributes:
-        owners: groups that move together, increment by increment; they have the same ``counts``.
+        owners: groups that move together; they have the same ``counts``.
         price: shape (owners,), parameters that the largest increment of an owner removes.
     """
 
@@ -41,13 +41,9 @@ class Queue:
 
 @dataclass
 class Search:
-    """Removals around a target.
+    """Removals around a target; ``counts`` are the costs of all that were tried.
 
-    Attributes:
-        allow_nothing: whether removing nothing counts as a removal.
-        base: steps that are taken in any case.
-        counts: costs of all removals that were tried.
-        best: the nearest so far, as (cost, steps).
+    ``best`` is the nearest so far, (cost, steps); ``base``: steps that are taken in any case.
     """
 
     candidates: AllCandidates

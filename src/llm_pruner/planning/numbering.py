@@ -63,10 +63,9 @@ class Numbering:
         return any(len(self.kept.get(one.name, ())) < one.size for one in self.groups.values())
 
     def matched(self, discovery: Discovery) -> Discovery:
-        """Return the ``discovery`` of what is left, with what means other units frozen.
+        """Return the ``discovery`` of what is left, with groups whose units mean others frozen.
 
-        Where one key-value head is left, for instance, the units are its query heads. Lists of
-        layers, which are named by their length, have their dense names.
+        Where one key-value head is left, for instance, the units are its query heads.
         """
 
         def same(group: Group) -> bool:
@@ -143,8 +142,7 @@ def count_layers(groups: Iterable[Group]) -> dict[str, int]:
 def explain(discovery: Discovery, removal: Removal) -> list[Layer]:
     """Return one row per decoder layer, before them one for the groups that span all layers.
 
-    Of several lists, layers of the same number share a row; it is removed if all of them are.
-    Lists whose units cannot go as a whole count where there are no others.
+    Layers of the same number of several lists share a row.
     """
     left = Numbering.dense(discovery).after(removal)
     rows: dict[int | None, Layer] = {None: Layer(None)}

@@ -42,10 +42,8 @@ def largest_multiple(discovery: Discovery, groups: Sequence[Group], scope: Scope
 def rounded_for(purpose: str, discovery: Discovery, selection: Selection) -> Selection:
     """Return a selection that keeps widths as a purpose wants them.
 
-    ``blocks`` is 32 where all groups that may be pruned have such sizes and it is a small step,
-    else 1.
-    ``gguf`` is 256 where all of them have such sizes and enough are left to choose from, else 32.
-    Matrices that read heads keep a multiple of gguf, gptq or marlin, too, if they have one.
+    ``blocks`` is 32 where all groups have such sizes and it is a small step, else 1; ``gguf`` is
+    256 where enough sizes are left, else 32. Inputs of heads follow, too.
 
     Args:
         purpose: one of ``PURPOSES``, or ``tp`` and the number of devices.
@@ -56,8 +54,8 @@ def rounded_for(purpose: str, discovery: Discovery, selection: Selection) -> Sel
     chosen = choose_groups(discovery, selection)
     if purpose != "blocks" and any(group.kind == "query_heads" for group in chosen):
         raise UserError(
-            f"--round-to {purpose} needs numbers of heads that query heads which go one by one do "
-            "not keep; leave query_heads out of --structures, or use --round-to blocks"
+            f"--round-to {purpose} needs whole heads; leave query_heads out of --structures, or "
+            "use --round-to blocks"
         )
     if purpose.startswith("tp"):
         devices = int(purpose[2:])

@@ -30,8 +30,7 @@ class Target:
         params: number of parameters to keep.
         kv_cache: share of what the dense model's cache grows by with each token to remove, in
             (0, 1).
-        loose: an intermediate goal of several steps: take the nearest that can be reached
-            (removing nothing included) where a final goal would raise.
+        loose: take the nearest that can be reached, also nothing (between several steps).
 
     Raises:
         UserError: none or several are set, or what is set is no such number.
@@ -94,13 +93,11 @@ class Selection:
             is a multiple of this, unless the group is left alone.
         heads_to: the same of key-value heads.
         split: structure -> its share of the parameters that are removed; None lets the ranking
-            decide (``global``) or takes the same share of units everywhere (``local``). For targets
-            in parameters alone.
-        spread: with ``global``, no group loses more than this many times the share of its units
-            that would be lost if all lost the same, nor keeps less than one in this many of what
-            would be kept, all steps together; None for no limit.
-        uniform: groups of one structure keep the same number of units in all layers, so that a
-            plain config can say the sizes; with ``local`` and without protection or ranges.
+            decide (``global``) or takes the same share of units everywhere (``local``).
+        spread: with ``global``, no group loses more than this many times the average share of
+            units, nor keeps less than one in this many of the average; None for no limit.
+        uniform: groups of one structure keep the same number of units in all layers; with ``local``
+            and without protection or ranges.
 
     Raises:
         UserError: a structure is unknown, or the split gives them no shares of 1.
@@ -146,13 +143,7 @@ def exact(ratio: float) -> Fraction:
 
 
 def step_targets(dense_params: int, target: Target, steps: int) -> list[Target]:
-    """Return the cumulative target of each step, linear in what is removed; the last is ``target``.
-
-    A unit ratio stays a share of the dense units, so `allocate` needs the `Numbering` of the
-    steps before, and a share of the cache a share of the dense cache. The other targets become
-    numbers of parameters to keep.
-
-    """
+    """Return the cumulative target of each step, linear in what is removed."""
 
     def part(step: int) -> Target:
         if target.unit_ratio is not None:
@@ -170,9 +161,8 @@ def choose_groups(
 ) -> tuple[Group, ...]:
     """Return the groups that may lose units, in the order of the discovery.
 
-    Frozen groups are left out as long as their structure has others. Protection and ranges count
-    the layers of the dense model. Once something is gone, a structure of which nothing is left to
-    prune has done its part, as long as there are others.
+    Protection and ranges count the layers of the dense model. Once something is gone, a structure
+    of which nothing is left to prune has done its part.
 
     Raises:
         UserError: nothing of a structure can be pruned, and why; groups lose units with others,
@@ -203,7 +193,6 @@ def choose_groups(
 def _groups_of(
     structure: str, discovery: Discovery, selection: Selection, numbering: Numbering
 ) -> list[Group]:
-    """Return the groups of one structure that may lose units."""
     groups = [group for group in discovery.groups if group.kind == structure]
     if not groups:
         kinds = dict.fromkeys(g.kind for g in discovery.groups if g.kind != "value_dim")
@@ -261,6 +250,5 @@ def removable_layers(dense: Group, selection: Selection, numbering: Numbering) -
 
 
 def _layers(selection: Selection, structure: str, total: int) -> tuple[int, int]:
-    """Return the first and last layer, of so many, that a structure is pruned in, if any is."""
     unprotected = selection.protect_first, total - 1 - selection.protect_last
     return selection.layer_ranges.get(structure, unprotected)

@@ -100,7 +100,6 @@ def _divergence_after(
 
 @torch.no_grad()
 def _divergence(ids: torch.Tensor, dense: torch.Tensor, network: nn.Module) -> float:
-    """Return the sum over the tokens of a part."""
     logits, sums = run_for_logits(network, ids).flatten(0, 1), []
     for rows, known in zip(logits.split(_ROWS), dense.split(_ROWS), strict=True):
         after = rows.float().log_softmax(-1).clamp_min(_LEAST)

@@ -158,7 +158,6 @@ def judged(held_out: torch.Tensor, parameters: int) -> torch.Tensor:
 
 
 def _competing(candidates: AllCandidates, selection: Selection) -> list[Candidates]:
-    """Return the candidates of the structures that have a share in the budget."""
     split = selection.split
     return [one for one in candidates.all if split is None or split.get(one.group.kind, 0) > 0]
 

@@ -170,7 +170,6 @@ def cut_copy(model: nn.Module, discovery: Discovery, removal: Removal) -> nn.Mod
 
 
 def _cuts(discovery: Discovery, removal: Removal) -> dict[str, dict[int, IntArray]]:
-    """Return tensor -> axis -> positions that go, of the tensors that stay."""
     gone = tuple(f"{module}." for module in removed_modules(discovery, removal))
     deleted: dict[str, dict[int, IntArray]] = defaultdict(dict)
     for (name, dim), positions in removed_positions(discovery, removal).items():
@@ -180,7 +179,6 @@ def _cuts(discovery: Discovery, removal: Removal) -> dict[str, dict[int, IntArra
 
 
 def _places(model: nn.Module, discovery: Discovery, name: str) -> Places:
-    """Return (module, attribute) of a tensor, and of all that is tied to it."""
     names = [name, *(alias for alias, first in discovery.aliases.items() if first == name)]
     paths = [one.rpartition(".") for one in names]
     return [(model.get_submodule(path), key) for path, _, key in paths]
@@ -291,7 +289,6 @@ class Undo:
 
 
 def _others(size: int, positions: IntArray) -> IntArray:
-    """Return the positions of an axis that are not among these."""
     return np.delete(np.arange(size), positions)
 
 

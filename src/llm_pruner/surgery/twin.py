@@ -105,7 +105,6 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 @contextmanager
 def _silenced(model: nn.Module, discovery: Discovery, removal: Removal) -> Iterator[None]:
-    """Set the slices of the removed units to zero for the time of the context."""
     saved: list[tuple[torch.Tensor, Any, torch.Tensor]] = []
     tensors = {name: tensor for name, tensor, _ in named_tensors(model)}
     streamed = ExitStack()
@@ -194,7 +193,6 @@ def pruned_logits(
 def _scenes(
     model: nn.Module, discovery: Discovery, tokens: torch.Tensor | None
 ) -> tuple[Scene, ...]:
-    """Return the ways in which a model was traced, or the first one on these tokens."""
     scenes: tuple[Scene, ...] = discovery.graph.scenes
     return scenes if tokens is None else (replace(scenes[0], tokens=token_ids(tokens, model)),)
 
@@ -248,7 +246,6 @@ def _jobs(
 def _twin_scene(
     discovery: Discovery, removal: Removal, scene: Scene, tokens: torch.Tensor, model: nn.Module
 ) -> Logits:
-    """Run a scene of a model in view whose removed units are silenced."""
     graph = discovery.graph
     trace = Trace(atoms=copy.deepcopy(graph.trace.atoms), tensors=dict(graph.trace.tensors))
     deleted = graph.system.with_replicas(graph.deleted(removal))

@@ -170,7 +170,6 @@ def _computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
 
 
 def _is_short(model: nn.Module) -> bool:
-    """Whether a model has weights in bfloat16 or another type shorter than float32."""
     return any(one.is_floating_point() and one.itemsize < 4 for one in model.parameters())
 
 
@@ -233,7 +232,6 @@ def _is_finite(logits: torch.Tensor) -> bool:
 def _compared(
     expected: Logits, found: Logits, model: nn.Module, scene: Scene
 ) -> tuple[float, float]:
-    """Return by how much a run differs from what is expected of it, and by how much it may."""
     return largest_difference(expected, found), tolerance(expected, model, scene.shape[1])
 
 
@@ -281,7 +279,6 @@ def difference_beyond_float32(left: Logits, right: Logits) -> float:
 def _twin_and_copy(
     model: nn.Module, discovery: Discovery, removal: Removal, scenes: Sequence[Scene]
 ) -> tuple[Logits, Logits, nn.Module]:
-    """Return what the twin and a pruned copy, which shares the tensors, give, and the copy."""
     smaller = sharing_copy(model)
     cut_(smaller, discovery, removal)
     if is_model_streamed(model):
@@ -327,8 +324,6 @@ def require_same(
 def _runs_compared(
     model: nn.Module, loaded: nn.Module, scenes: Sequence[Scene], *, wider: bool
 ) -> list[tuple[float, float]]:
-    """Return by how much the runs of two models differ in each scene, and by how much they may."""
-
     def widened(one: nn.Module) -> AbstractContextManager[nn.Module]:
         short = wider and _is_short(one)
         return _computing_in(one, torch.float32) if short else nullcontext(one)

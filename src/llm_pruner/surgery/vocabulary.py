@@ -52,7 +52,6 @@ def check_tables(model: Any) -> None:
 
 
 def _tables(model: Any) -> dict[str, nn.Module]:
-    """Return the modules that have a row for each token: the embeddings and the output."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     return {
         name: one
