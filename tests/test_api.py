@@ -293,7 +293,7 @@ def test_a_checkpoint_of_a_whole_model_and_of_one_share(model: lp.Model, place: 
     for ratio in (0.1, np.float32(0.1)):
         points = lp.curve(model, settings, ratios=ratio, text=text, measured_tokens=512)
         assert len(points) == 1
-    with pytest.raises(UserError, match="each is a share to remove"):
+    with pytest.raises(UserError, match="should be less than 1"):
         lp.curve(model, settings, ratios=1, text=text)
 
 

@@ -215,7 +215,7 @@ def calibration(
     size = {"samples": samples, "seq_len": seq_len}
     fields = {"text_split": text_split, "text_field": text_field}
     asked = CalibrationSettings(calibration=str(source), **size, **fields)
-    return read_calibration(model.current, asked, seed, Clock())
+    return read_calibration(model.current, asked, int(seed), Clock())
 
 
 def discover(model: Model | LoadedModel | nn.Module, **how: Any) -> Discovery:

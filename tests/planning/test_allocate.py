@@ -225,7 +225,7 @@ def test_global_unit_ratio_may_leave_layers_whole():
     check_reachable(discovery, selection, target)
     removal = allocate(discovery, fake_scores(discovery), selection, target)
     assert sum(map(len, removal.values())) == 3
-    message = r"0 of 15 heads in layers\.0\.heads to layers\.4\.heads; use at least 0\.067"
+    message = r"0 of 15 heads in layers\.0\.heads; use at least 0\.067"
     for refuse in (check_reachable, partial(allocate, scores=fake_scores(discovery))):
         with pytest.raises(UserError, match=message):
             refuse(discovery, selection=selection, target=Target(unit_ratio=0.05))

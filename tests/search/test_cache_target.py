@@ -41,7 +41,7 @@ def test_the_cache_is_as_much_smaller(family: str, structures: tuple[str, ...], 
     assert cost.dense == cache_of(model)
     with pytest.raises(UserError, match="give its cost"):
         allocate(discovery, {}, selection, Target(kv_cache=0.5))
-    scores = score(model, discovery, Criterion("random"), input_ids=None, seed=0)
+    scores = score(model, discovery, Criterion("random"), seed=0)
     layers = next(group.size for group in discovery.groups if group.kind == "layers")
     share = 1 / layers if structures == ("layers",) else 0.5
     removal = allocate(discovery, scores, selection, Target(kv_cache=share), cost=cost)
@@ -60,9 +60,7 @@ def test_structures_that_leave_the_cache_alone_are_refused() -> None:
 def test_what_cannot_be_is_one_line(dense: Path, tmp_path: Path) -> None:
     tries = {
         ("--kv-cache", 0.5, "--structures", "ffn"): "is as large without them",
-        ("--kv-cache", 0.5, "--split", "auto"): "a split shares out parameters",
-        ("--kv-cache", 0.5, "--ratio", 0.2): "say different things",
-        ("--kv-cache", 1.5): "outside (0, 1)",
+        ("--kv-cache", 1.5): "kv_cache=1.5 is no share to remove",
         ("--kv-cache", 0.97): "cannot be reached",
         ("--kv-cache", 0.03): "bytes of cache per token",
     }

@@ -105,7 +105,7 @@ def test_experts_in_groups_go_one_of_each() -> None:
 
 def test_as_many_stay_as_a_token_is_given() -> None:
     model, discovery = discovered("mixtral")
-    with pytest.raises(InfeasibleError, match=r"experts: leaves 1 units, .* chooses 2 of them"):
+    with pytest.raises(InfeasibleError, match=r"experts: leaves 1 units; .* chooses 2 of them"):
         cut_(copy.deepcopy(model), discovery, {"layers.0.experts": np.array([0, 1, 3])})
     every = make("mixtral", num_experts_per_tok=4)
     groups = [group for group in discover(every).groups if group.kind == "experts"]
@@ -115,7 +115,7 @@ def test_as_many_stay_as_a_token_is_given() -> None:
 def test_no_target_takes_more_experts_than_can_go() -> None:
     model, discovery = discovered("mixtral")
     names = experts(discovery)
-    scores = score(model, discovery, Criterion("l2"), input_ids=None, seed=0, groups=set(names))
+    scores = score(model, discovery, Criterion("l2"), seed=0, groups=set(names))
     assert all(scores[name].shape == (4,) and (scores[name] > 0).all() for name in names)
     for target in (Target(unit_ratio=0.9), Target(ratio=0.2, loose=True)):
         for scope in ("local", "global"):

@@ -648,7 +648,7 @@ def test_a_model_that_would_come_out_wrong_is_left_as_it_was() -> None:
     dense = logits(net, 8)
     name = next(g.name for g in discovery.groups if g.kind == "ffn")
     removal = {name: np.arange(8), "layers": np.array([1])}
-    with pytest.raises(VerificationError, match=rf"at fault: {name}; nothing was saved"):
+    with pytest.raises(VerificationError, match="at fault: ffn; nothing was saved"):
         prune_(net, discovery, removal)
     assert len(net.layers) == 4
     for key, tensor in net.named_parameters():

@@ -36,7 +36,8 @@ def token_ids(given: Any, model: nn.Module) -> torch.Tensor:
     Raises:
         UserError: they are of another shape, or none of the model's tokens.
     """
-    ids = torch.as_tensor(given, device=None if isinstance(given, torch.Tensor) else "cpu")
+    # Whatever the default device is.
+    ids = given if isinstance(given, torch.Tensor) else torch.as_tensor(given, device="cpu")
     if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise UserError(
             f"token ids of shape {tuple(ids.shape)} and type {ids.dtype} cannot be read; give "
