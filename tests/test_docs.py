@@ -44,7 +44,6 @@ SHORT = {
     "prune": "--samples 8 --set seq_len=32",
     "recover": "--trainer max_steps=1 --set seq_len=32 --set held_out=4 --samples 20",
     "evaluate": "--set max_tokens=64",
-    "vocab": "",
     "chat": "",
 }
 """Command -> what makes it short."""
@@ -180,7 +179,7 @@ def test_python_runs(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 @pytest.mark.parametrize("page", [one for one in BY_HAND if any(commands(one, "run"))], ids=named)
 @pytest.mark.usefixtures("small", "here")
 def test_commands_run(page: Path, place: Path) -> None:
-    texts = {"c4": "text.txt", "code": "text.txt", "wikitext2": "other.txt", "49152": "200"}
+    texts = {"c4": "text.txt", "code": "text.txt", "wikitext2": "other.txt"}
     for name, *rest in commands(page, "run"):
         words = [
             "dense"
