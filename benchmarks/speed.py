@@ -3,10 +3,9 @@
     python benchmarks/speed.py [--ratio 0.2 --ratio 0.5]
 
 Prunes SmolLM2-135M with ``--round-to blocks`` and measures it against the dense model with
-``llm-pruner bench``, as transformers runs it and as ``torch.compile`` makes it, each in a process
-of its own. The limit is the ratio of MACs for prefill, and of the bytes that a step reads for
-decoding. ``fastest`` compares the two models each run the way that is faster for it. Writes
-benchmarks/results/speed.json, where other ratios stay. Nothing else should run on the machine.
+``llm-pruner bench``. The limit is the ratio of MACs for prefill, and of the bytes that a step reads
+for decoding. Writes benchmarks/results/speed.json, where other ratios stay; its rows "compiled" are
+of version 0.2, which timed torch.compile as well. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -43,25 +42,6 @@ def row(compared: dict[str, Any], found: dict[str, Any]) -> list[dict[str, Any]]
     return rows
 
 
-def fastest(ways: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Return rows in which each model runs the way that is faster for it."""
-    rows = []
-    for same in zip(*ways, strict=True):
-        rates = {
-            name: max(row[name] for row in same)
-            for name in ("dense_tokens_per_second", "pruned_tokens_per_second")
-        }
-        dense, pruned = rates.values()
-        share = pruned / dense / same[0]["limit"]
-        settings = {name: same[0][name] for name in ("stage", "batch_size", "limit")}
-        rows.append(
-            settings
-            | rates
-            | {"speed_up": round(pruned / dense, 3), "share_of_limit": round(share, 3)}
-        )
-    return rows
-
-
 def size(figures: dict[str, Any]) -> dict[str, Any]:
     """Return what does not depend on the machine's speed."""
     keys = ("parameters", "bytes_on_disk", "macs", "macs_per_token", "bytes_read_per_token")
@@ -77,13 +57,9 @@ def main() -> None:
     parser.add_argument("--calibration", default="self", help="as for llm-pruner prune")
     parser.add_argument("--batch-size", default="1,8")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--without-compile", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS / "speed.json")
     options = parser.parse_args()
     timing = ["--batch-size", options.batch_size, "--repeats", options.repeats]
-    ways = [("transformers", timing)]
-    if not options.without_compile:
-        ways.append(("compiled", [*timing, "--compile"]))
     settings = {"model": options.model, "preset": options.preset}
     results = results_in(options.out, settings, parser, results=[])
     with tempfile.TemporaryDirectory() as folder:
@@ -99,18 +75,14 @@ def main() -> None:
                 "round_to": pruned["round_to"],
                 "parameters_removed": round(pruned["ratio"], 4),
             }
-            for way, arguments in ways:
-                found = found_by("bench", small, "--against", dense, *arguments)
-                result |= {
-                    "settings": found["settings"],
-                    "dense": size(found["against"]),
-                    "pruned": size(found["model"]),
-                }
-                result[way] = [line for each in found["comparison"] for line in row(each, found)]
-                for line in result[way]:
-                    print(json.dumps({"ratio": ratio, "way": way, **line}), flush=True)
-            result["fastest"] = fastest([result[way] for way, _ in ways])
-            del result["settings"]["compile"], result["settings"]["counts_only"]
+            found = found_by("bench", small, "--against", dense, *timing)
+            result |= {
+                "settings": found["settings"],
+                "dense": size(found["against"]),
+                "pruned": size(found["model"]),
+                "transformers": [line for one in found["comparison"] for line in row(one, found)],
+            }
+            print(json.dumps({"ratio": ratio, "rows": result["transformers"]}), flush=True)
             put(results["results"], result, "ratio")
             keep(options.out, results)
 

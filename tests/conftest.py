@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from markupsafe import Markup
 
 DRAWING = {"test_report", "test_report_page", "test_reporting"}
 """Modules whose tests look at the drawings of reports."""
@@ -58,13 +59,11 @@ def undrawn(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
         return
 
-    from llm_pruner.report.text import visible
-
-    def draw(name: str, description: str, *_: Any) -> str:
-        return f'<svg class="plot" role="img" aria-label="{visible(description)}"></svg>'
+    def drawn(description: str, *_: Any) -> Markup:
+        return Markup('<img class="plot" alt="{}">').format(description)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llm_pruner.report.figures.draw", draw)
+        patch.setattr("llm_pruner.report.figures._drawn", drawn)
         yield
 
 

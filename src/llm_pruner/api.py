@@ -24,7 +24,7 @@ from llm_pruner.data.calibration import Calibration, read_calibration
 from llm_pruner.data.text import PRUNED, Protocol, load_evaluation_text
 from llm_pruner.discovery.groups import discover as discover_groups
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation.answers import check_prompts, written
+from llm_pruner.evaluation.answers import written
 from llm_pruner.evaluation.health import Health, health_prompts, own_prompts
 from llm_pruner.evaluation.health import health as measure_health
 from llm_pruner.evaluation.perplexity import PerplexityResult
@@ -476,7 +476,6 @@ def health(model: Model, prompts: Sequence[str] | None = None) -> Health:
     asked = health_prompts(texts, None)
     name = "built in" if prompts is None else "given"
     model.current.require_tokenizer()
-    check_prompts(model.current, asked)
     answers = written(asked, lambda: model.current)
     return measure_health(name, asked, answers, dtype_name(model.network))
 

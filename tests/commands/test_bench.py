@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,9 @@ import llm_pruner.models.load
 from command import done, refused, save_tiny
 from helpers import VOCABULARY, tiny_model
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation.speed import compiled, compiling, device_name, measure_speed, speed_up
+from llm_pruner.evaluation.speed import device_name, measure_speed, speed_up
 from llm_pruner.files.disk import folder_bytes
 from llm_pruner.models.checkpoint_files import stored_at
-from llm_pruner.models.forward import Decoder
 from llm_pruner.settings.evaluate import BenchSettings
 
 QUICK = ("--prompt-tokens", 8, "--new-tokens", 3, "--repeats", 2)
@@ -44,37 +41,25 @@ def small(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Timing.
 
 
-class Recorder:
-    """Notes which model takes a step on how many tokens."""
-
-    steps: list[tuple[int, tuple[int, ...]]]
-
-    def __init__(self, models: list[Any]) -> None:
-        self.models = models
-        self.steps = []
-
-    def start(self, model: Any) -> Any:
-        recorder = self
-
-        class Stepper:
-            def step(self, tokens: torch.Tensor) -> torch.Tensor:
-                assert torch.is_inference_mode_enabled()
-                recorder.steps.append((recorder.models.index(model), tuple(tokens.shape)))
-                return torch.zeros(tokens.shape[0], VOCABULARY)
-
-        return Stepper()
-
-
-def test_models_take_turns() -> None:
+def test_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     models = [tiny_model(num_hidden_layers=1).train(), tiny_model(num_hidden_layers=1)]
-    recorder = Recorder(models)
-    found = measure_speed(
-        models, prompt_tokens=5, new_tokens=2, repeats=3, batch_size=4, start=recorder.start
-    )
+    steps: list[tuple[int, tuple[int, ...]]] = []
+
+    class Stepper:
+        def __init__(self, model: Any) -> None:
+            self.number = models.index(model)
+
+        def step(self, tokens: torch.Tensor) -> torch.Tensor:
+            assert torch.is_inference_mode_enabled()
+            steps.append((self.number, tuple(tokens.shape)))
+            return torch.zeros(tokens.shape[0], VOCABULARY)
+
+    monkeypatch.setattr("llm_pruner.evaluation.speed.Decoder", Stepper)
+    found = measure_speed(models, prompt_tokens=5, new_tokens=2, repeats=3, batch_size=4)
     text = [(4, 5), (4, 1), (4, 1)]
     # A round to warm up, then three of which the second goes the other way.
     order = [0, 1, 0, 1, 1, 0, 0, 1]
-    assert recorder.steps == [(model, shape) for model in order for shape in text]
+    assert steps == [(model, shape) for model in order for shape in text]
     for speed in found:
         assert len(speed.prefill_seconds) == len(speed.decode_seconds) == 3
         middle = sorted(speed.decode_seconds)[1]
@@ -99,85 +84,6 @@ def test_speed_up_is_taken_round_by_round() -> None:
     # A machine that is twice as slow in the second round tells the same.
     found = speed_up([3.0, 6.0, 4.0], [1.0, 2.0, 2.0])
     assert (found.median, found.low, found.high) == (3.0, 2.0, 3.0)
-
-
-# Compiled models. The backend that compiles nothing needs no compiler and takes the same way.
-
-
-def decoded(start: Callable[[Any], Decoder], model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    decoder = start(model)
-    steps = (tokens[:, :9], *tokens[:, 9:].split(1, dim=1))
-    return torch.stack([decoder.step(part) for part in steps])
-
-
-@pytest.mark.slow
-def test_a_compiled_model_decodes_alike() -> None:
-    model = tiny_model(num_hidden_layers=1)
-    tokens = torch.randint(3, VOCABULARY, (2, 14), generator=torch.Generator().manual_seed(0))
-    graphs: list[Any] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(inputs)
-        return graph.forward
-
-    with torch.inference_mode(), compiling():
-        start = compiled(16, backend)
-        first, again = (decoded(start, model, tokens) for _ in range(2))
-        # One for the prompt and one for a step; none is added as the text grows.
-        assert len(graphs) == 2
-    torch.testing.assert_close(first, decoded(Decoder, model, tokens), atol=1e-5, rtol=1e-5)
-    assert torch.equal(first, again)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_weights_that_are_compiled_in_are_those_of_the_model(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # Without vector instructions: to look for them and to compile with them takes twice as long.
-    monkeypatch.setattr("torch._inductor.config.cpp.vec_isa_ok", False)
-    model, other = tiny_model(num_hidden_layers=1), tiny_model(num_hidden_layers=1)
-    other.load_state_dict({name: 1.5 * value for name, value in model.state_dict().items()})
-    tokens = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode(), compiling(constant_weights=True):
-        start = compiled(16)
-        first = decoded(start, model, tokens)
-        wanted = decoded(Decoder, model, tokens)
-        torch.testing.assert_close(first, wanted, atol=1e-5, rtol=1e-5)
-        # Another of the same class and shape, in turns. Its prompt alone, because the steps after
-        # it are compiled for themselves, which takes seconds.
-        prompt = tokens[:, :9]
-        others = Decoder(other).step(prompt)
-        assert not torch.allclose(others, wanted[0], atol=1e-2)
-        torch.testing.assert_close(start(other).step(prompt), others, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(decoded(start, model, tokens), first, atol=0, rtol=0)
-        # Compiled in, they do not follow the model, which is as it was.
-        model.lm_head.weight.mul_(2)
-        torch.testing.assert_close(decoded(start, model, tokens), first, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(
-            decoded(Decoder, model, tokens), 2 * wanted, atol=1e-5, rtol=1e-5
-        )
-    # What is compiled afterwards starts from the weights as they are then.
-    with torch.inference_mode(), compiling(constant_weights=True):
-        found = compiled(16)(model).step(prompt)
-        torch.testing.assert_close(found, 2 * wanted[0], atol=1e-5, rtol=1e-5)
-
-
-def test_what_cannot_be_compiled() -> None:
-    def backend(graph: Any, inputs: Any) -> Any:
-        raise RuntimeError("no compiler\nfound")
-
-    model = tiny_model(num_hidden_layers=1)
-    said = r"cannot be compiled here \(BackendCompilerFailed: .*no compiler found.*leave out --comp"
-    with pytest.raises(UserError, match=said), torch.inference_mode(), compiling():
-        decoded(compiled(16, backend), model, torch.ones(1, 12, dtype=torch.int64))
-
-    class NoCache(torch.nn.Module):
-        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-            return input_ids
-
-    with pytest.raises(UserError, match="NoCache has no cache, so it cannot be compiled"):
-        compiled(16)(NoCache())
 
 
 # The command.
@@ -261,20 +167,6 @@ def test_counts_need_a_config_alone(dense: Path, small: Path, tmp_path: Path) ->
     assert found["model"]["speed"] == found["comparison"] == []
     assert found["model"]["bytes_on_disk"] is None
     assert "nothing was timed" in done("bench", small, "--against", config, "--counts-only").out
-
-
-@pytest.mark.slow
-def test_compile_is_passed_on(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    capacities: list[int] = []
-
-    def with_nothing_compiled(capacity: int) -> Callable[[Any], Decoder]:
-        capacities.append(capacity)
-        return Decoder
-
-    monkeypatch.setattr(llm_pruner.commands.bench, "compiled", with_nothing_compiled)
-    shown = done("bench", dense, *QUICK, "--batch-size", 1, "--compile").out
-    assert capacities == [8 + 3]
-    assert "median of 2 rounds; compiled" in shown
 
 
 @pytest.mark.slow

@@ -147,7 +147,7 @@ def test_the_report_has_all_three_models(made: Path) -> None:
     assert report.final == "recovered"
     assert list(report.evaluations) == list(report.sizes) == ["dense", "pruned", "recovered"]
     for found in report.evaluations.values():
-        assert found.perplexity[0].stderr is not None
+        assert found.of("perplexity")[0].stderr is not None
         assert len(found.samples) == 3
     assert report.importance
     assert report.recovery is not None
@@ -171,7 +171,7 @@ def test_the_dense_model_with_the_same_training(work: Path, made: Path, unmeasur
     assert recovery["control"]["steps"] == recovery["steps"] > 0
     assert f"pruned + training is {text['damage']:.3f} times dense + training" in result.out
     (four,) = read_report(Path("small/report.json")).recovery.control
-    assert [row.model for row in four.rows][1::2] == ["dense + training", "pruned + training"]
+    assert [row[0] for row in four.cells][1::2] == ["dense + training", "pruned + training"]
     assert "Beside the dense model with the same training" in Path("small/report.html").read_text()
 
 

@@ -108,7 +108,6 @@ CASES = (*PRUNED, *RECOVERED, *COMPRESSED)
 PASSING = {
     "card_digest",
     "command",
-    "measurements",
     "peak memory",
     "seconds",
     "speed",
@@ -122,7 +121,15 @@ PASSING = {
 }
 """Fields that tell of the run and the machine, not of the model."""
 
-SINCE = {"dtype", "max_tokens", "ids_digest", "text_digest", "fingerprint", "fingerprint_against"}
+SINCE = {
+    "of",
+    "dtype",
+    "max_tokens",
+    "ids_digest",
+    "text_digest",
+    "fingerprint",
+    "fingerprint_against",
+}
 """Fields of a perplexity, and what tells models apart, that came after the files were made."""
 
 
@@ -168,6 +175,9 @@ def outcome(out: Path, *command: object) -> dict[str, Any]:
     done(*command, "--out", out.name, "--json", f"{out.name}.json")
     record = json.loads(Path(f"{out.name}.json").read_text())
     report = json.loads((out / "report.json").read_text())
+    for found in report["evaluations"].values():
+        parts = ("perplexity", "bits")  # the others tell of the machine
+        found["results"] = [one for one in found["results"] if one["part"] in parts]
     report["command"] = re.sub(r"^\S+", "llm-pruner", report.get("command") or "")
     recovery = out / "recovery.json"
     return {

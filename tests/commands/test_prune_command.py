@@ -375,12 +375,12 @@ def test_demo(work: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     apart, load_model = llm_pruner.commands.compress.measure_apart, PruneRun.load
     began: list[str] = []
 
-    def measured(settings: EvaluateSettings, *how: Any, strict: bool) -> Measured:
+    def measured(settings: EvaluateSettings, *how: Any) -> Measured:
         """Start a process for the dense model alone: each takes seconds to import PyTorch."""
         began.append(Path(settings.model).name)
         if began[-1] != "default":
-            return measure(settings, *how, strict=strict)
-        return apart(settings.but(model=str(dense)), *how, strict=strict)
+            return measure(settings, *how)
+        return apart(settings.but(model=str(dense)), *how)
 
     def load_shown(run: PruneRun) -> None:
         shown = sys.stdout.getvalue().split()  # type: ignore[attr-defined]

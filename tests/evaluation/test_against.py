@@ -109,54 +109,36 @@ def test_the_command_and_the_report_say_it(
     assert "Against dense" in said.out
     assert f"{far['kl']:.4f}" in said.out
     page = (small / "report.html").read_text()
-    label = "KL against dense, text.txt (standard protocol, windows of 64,"
+    label = "KL against dense, text.txt, nats (standard protocol, windows of 64,"
     assert label in page
     # The dense model's own number stands beside it, as if it had been measured alone.
     evaluations = read_report(small / "report.json").evaluations
     alone = done("evaluate", dense, *asked[:4], "--json", "-")
     (wanted,) = json.loads(alone.out)["perplexity"]
-    assert evaluations["dense"].perplexity[0].key == evaluations["pruned"].perplexity[0].key
-    for name in ("perplexity", "stderr", "bits_per_byte"):
-        shown = getattr(evaluations["dense"].perplexity[0], name)
-        assert shown == pytest.approx(wanted[name], rel=1e-5)
+    for part, name in (("perplexity", "perplexity"), ("bits", "bits_per_byte")):
+        (own,), (beside,) = (evaluations[of].of(part) for of in ("pruned", "dense"))
+        assert own.key == beside.key
+        assert beside.value == pytest.approx(wanted[name], rel=1e-5)
     # Of another stretch of the text it is another measurement, and neither takes the other's place.
     done("evaluate", small, *asked, "--max-tokens", 128, "--report", small)
-    report = read_report(small / "report.json")
-    names = [one.name for one in report.evaluations["pruned"].measurements]
-    assert [name.startswith(label) for name in names].count(True) == 2
-    # Nor does a model of the same name and another size.
-    namesake = save_tiny(tmp_path / "elsewhere" / "dense", num_hidden_layers=2)
-    done("evaluate", small, *asked[:4], "--against", namesake, "--report", small)
-    size = f"{report.sizes['dense'].total:,} parameters"
-    assert f"of dense is no part of the report, which is about dense with {size}" in caplog.text
-    assert read_report(small / "report.json").evaluations["dense"] == report.evaluations["dense"]
-    # Nor one of the same name and size, whose KL does not take the other's place either.
+    before = read_report(small / "report.json").evaluations
+    names = [one.name for one in before["pruned"].of("measured")]
+    assert names.count("KL against dense, text.txt") == 2
+    # Nor does a model of the same name and other weights.
     tuned = save_tiny(tmp_path / "tuned" / "dense", num_hidden_layers=3)
     tiny_model(num_hidden_layers=3, max_position_embeddings=512, seed=1).save_pretrained(tuned)
-    before = read_report(small / "report.json").evaluations
     done("evaluate", small, *asked[:4], "--against", tuned, "--report", small)
-    assert "of dense is no part of the report, which is about dense with other wei" in caplog.text
+    assert "what was measured of dense is no part of the report" in caplog.text
     now = read_report(small / "report.json").evaluations
     assert now["dense"] == before["dense"]
-    assert {*before["pruned"].measurements} < {*now["pruned"].measurements}
-    # What is measured again of the dense model does.
+    assert len(now["pruned"].of("measured")) == len(before["pruned"].of("measured")) + 2
+    # What is measured again does.
     done("evaluate", small, *asked, "--report", small)
-    again = read_report(small / "report.json").evaluations["pruned"].measurements
-    assert [one.key for one in again] == [one.key for one in now["pruned"].measurements]
-    # The same model under another name is not taken for it, which is said.
-    renamed = dense.rename(tmp_path / "renamed")
-    done("evaluate", small, *asked[:4], "--against", renamed, "--report", small)
-    assert "of renamed is no part of the report, which is about dense" in caplog.text
-    dense = renamed.rename(dense)
+    again = read_report(small / "report.json").evaluations["pruned"].results
+    assert [one.key for one in again] == [one.key for one in now["pruned"].results]
     # What belongs to no model of that report is refused before it is measured.
     other = save_tiny(tmp_path / "other", num_hidden_layers=2)
     stranger = run("evaluate", other, "--perplexity", text, "--seq-len", 64, "--report", small)
     assert stranger.code == 2
     assert "is neither the model in" in stranger.err
     assert "Perplexity" not in stranger.out
-    refused = run("evaluate", small, "--speed", "--against", dense)
-    assert refused.code == 2
-    assert (
-        "has nothing to compare; add --perplexity SRC, --tasks NAMES, --skills NAMES or --health"
-        in refused.err
-    )

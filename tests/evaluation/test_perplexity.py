@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
-from torch import nn
 
 from helpers import VOCABULARY, of_tokens_alone, tiny_model, tiny_tokenizer
 from llm_pruner.data.sequences import bare_ids
@@ -196,22 +195,6 @@ def test_the_loss_is_float32_in_a_half_precision_model() -> None:
     exact = torch.nn.functional.cross_entropy(logits, ids[1:])
     result = perplexity(model, tiny_tokenizer(), TEXT, protocol="paper", max_tokens=128)
     assert result.nll == pytest.approx(float(exact), abs=1e-6)
-
-
-def test_a_model_that_reads_the_end_of_a_window_alone() -> None:
-    class Cropping(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = tiny_model()
-
-        def get_input_embeddings(self) -> Any:
-            return self.model.get_input_embeddings()
-
-        def forward(self, input_ids: torch.Tensor, **how: Any) -> Any:
-            return self.model(input_ids=input_ids[:, -16:], **how)
-
-    with pytest.raises(UserError, match="gives logits for 16 of the 128 tokens of a window; use"):
-        perplexity(Cropping(), tiny_tokenizer(), TEXT, protocol="paper", max_tokens=128)
 
 
 def test_bad_input() -> None:

@@ -14,10 +14,8 @@ from typing import Any
 import lm_eval.evaluator
 import pytest
 import torch
-from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
-from transformers import GenerationMixin
 
 import llm_pruner
 import llm_pruner.models.load
@@ -33,9 +31,8 @@ from llm_pruner.evaluation.zero_shot import (
     definition_file,
     means,
 )
-from llm_pruner.files.outputs import MANIFEST
 from llm_pruner.settings.common import ModelSettings
-from task_data import write_records, write_tasks
+from task_data import write_own_task, write_records, write_tasks
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
 
@@ -57,15 +54,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     done("prune", dense, "--out", pruned, "--ratio", 0.2, "--criterion", "l2")
     assert "pruned" in json.loads((pruned / "config.json").read_text())
     return {"dense": dense, "pruned": pruned}
-
-
-@pytest.fixture(scope="module")
-def offline(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Task files as the command writes them."""
-    out = tmp_path_factory.mktemp("offline") / "offline"
-    result = done("tasks", "--tasks-data", data, "--out", out)
-    assert all(task in result.out for task in LOCAL_TASKS)
-    return out
 
 
 @pytest.fixture
@@ -98,19 +86,18 @@ def test_numbers_are_those_of_the_harness(
     kind: str,
     models: dict[str, Path],
     data: Path,
-    offline: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its own class loads the checkpoint, its own loop runs the files that we wrote for it."""
+    """Its own class loads the checkpoint, and its own loop runs the definitions."""
     monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
     with harness.quiet():
         wanted = lm_eval.evaluator.simple_evaluate(
             model="hf",
             model_args=f"pretrained={models[kind]},dtype=float32",
-            tasks=list(LOCAL_TASKS),
+            tasks=[zero_shot.local_definition(one, read_task(data, one)) for one in LOCAL_TASKS],
             batch_size=3,
             device="cpu",
-            task_manager=TaskManager(include_path=str(offline), include_defaults=False),
+            task_manager=TaskManager(include_defaults=False),
         )
     found = evaluate(models[kind], "--tasks", "paper", "--tasks-data", data)["zero_shot"]
     compared = 0
@@ -129,37 +116,19 @@ def test_numbers_are_those_of_the_harness(
 
 
 @pytest.mark.parametrize("task", LOCAL_TASKS)
-def test_definitions_are_those_of_the_harness(task: str, data: Path, offline: Path) -> None:
-    """In the process and in the files: all but the data is what the installed harness says."""
+def test_definitions_are_those_of_the_harness(task: str, data: Path) -> None:
+    """All but the data is what the installed harness says."""
     own = load_yaml(definition_file(task), resolve_func=True)
     taken = {"dataset_path", "dataset_name", "dataset_kwargs", "tag"}
     splits = {"training_split", "validation_split", "test_split", "fewshot_split"}
     rest = {key: value for key, value in own.items() if key not in taken | splits}
     assert {"doc_to_text", "doc_to_target", "doc_to_choice", "metric_list"} <= rest.keys()
-    inside = zero_shot.local_definition(task, read_task(data, task))
-    written = load_yaml(offline / f"{task}.yaml", resolve_func=True)
-    for definition in (inside, written):
-        assert definition.items() >= rest.items()
-        assert definition.keys() - rest.keys() <= splits | {"custom_dataset", "dataset_kwargs"}
-        split = own.get("test_split") or own["validation_split"]
-        assert [definition[key] for key in splits & definition.keys()] == [split]
-    rows = [
-        definition["custom_dataset"](**definition.get("dataset_kwargs", {}))[split].to_list()
-        for definition in (inside, written)
-    ]
-    assert rows[0] == rows[1] == read_task(data, task)
-
-
-def test_a_folder_of_task_files_can_be_moved(offline: Path, tmp_path: Path) -> None:
-    moved = tmp_path / "elsewhere"
-    moved.mkdir()
-    for file in offline.iterdir():
-        if file.is_file():
-            (moved / file.name).write_bytes(file.read_bytes())
-    with harness.quiet():
-        manager = TaskManager(include_path=str(moved), include_defaults=False)
-        loaded = manager.load(list(LOCAL_TASKS))["tasks"]
-    assert {task: len(loaded[task].eval_docs) for task in loaded} == dict.fromkeys(LOCAL_TASKS, 6)
+    definition = zero_shot.local_definition(task, read_task(data, task))
+    assert definition.items() >= rest.items()
+    assert definition.keys() - rest.keys() <= splits | {"custom_dataset"}
+    split = own.get("test_split") or own["validation_split"]
+    assert [definition[key] for key in splits & definition.keys()] == [split]
+    assert definition["custom_dataset"]()[split].to_list() == read_task(data, task)
 
 
 def test_other_programs_load_pruned_checkpoints(models: dict[str, Path], tmp_path: Path) -> None:
@@ -358,40 +327,29 @@ def test_any_kind_of_task_is_run(
 ) -> None:
     """A group with a mean of its own, generated text, and the likelihood of whole texts."""
     folder = tmp_path / "more"
-    done("tasks", "--tasks-data", data, "--out", folder, "--tasks", "arc_easy,piqa")
-    for name in ("arc_easy", "piqa"):
-        text = (folder / f"{name}.yaml").read_text().replace(f"task: {name}", f"task: my_{name}")
-        (folder / f"{name}.yaml").write_text(text)
-    local = (
-        "custom_dataset: !function offline_data.load\n"
-        "dataset_kwargs: {local_file: piqa.jsonl, local_split: test}\ntest_split: test\n"
-    )
-    (folder / "group.yaml").write_text(
-        "group: both\ntask: [my_arc_easy, my_piqa]\n"
-        "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
-    )
-    (folder / "say.yaml").write_text(
-        f"task: say\n{local}output_type: generate_until\ndoc_to_text: '{{{{goal}}}}'\n"
-        "doc_to_target: '{{sol1}}'\ngeneration_kwargs: {until: [' '], max_gen_toks: 3}\n"
+    for name in ("one", "two", "third"):
+        write_own_task(folder, data, name, text=f"'{name} {{{{goal}}}}'")
+    mean = "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    (folder / "group.yaml").write_text(f"group: both\ntask: [one, two]\n{mean}")
+    (folder / "outer.yaml").write_text(f"group: outer\ntask: [both, third]\n{mean}")
+    say = (
+        "output_type: generate_until\ndoc_to_target: '{{sol1}}'\n"
+        "generation_kwargs: {until: [' '], max_gen_toks: 3}\n"
         "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
     )
-    (folder / "read.yaml").write_text(
-        f"task: read\n{local}output_type: loglikelihood_rolling\ndoc_to_text: ''\n"
-        "doc_to_target: '{{goal}}'\n"
+    write_own_task(folder, data, "say", say)
+    read = (
+        "output_type: loglikelihood_rolling\ndoc_to_target: '{{goal}}'\n"
         "metric_list: [{metric: byte_perplexity, aggregation: weighted_perplexity, "
         "higher_is_better: false}]\n"
     )
-    (folder / "third.yaml").write_text(text.replace("task: my_piqa", "task: third"))
-    (folder / "outer.yaml").write_text(
-        "group: outer\ntask: [both, third]\n"
-        "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
-    )
+    write_own_task(folder, data, "read", read, "''")
     only_offline(folder, monkeypatch)
     found = evaluate(models["dense"], "--tasks", "both,say,read")["zero_shot"]
     assert found["data"] == "harness"
     by_name = found["by_name"]
-    assert by_name.keys() == {"both", "my_arc_easy", "my_piqa", "say", "read"}
-    parts = [by_name[name]["metrics"]["acc"]["value"] for name in ("my_arc_easy", "my_piqa")]
+    assert by_name.keys() == {"both", "one", "two", "say", "read"}
+    parts = [by_name[name]["metrics"]["acc"]["value"] for name in ("one", "two")]
     assert by_name["both"]["metrics"]["acc"]["value"] == pytest.approx(sum(parts) / 2)
     assert by_name["both"]["documents"] == 12
     assert by_name["say"]["metrics"]["exact_match"]["value"] == 0
@@ -404,48 +362,27 @@ def test_any_kind_of_task_is_run(
     assert again["tasks"] == found["tasks"]
     nested = evaluate(models["dense"], "--tasks", "outer", "--limit", 2)["zero_shot"]["by_name"]
     documents = {name: one["documents"] for name, one in nested.items()}
-    assert documents == {"outer": 6, "both": 4, "my_arc_easy": 2, "my_piqa": 2, "third": 2}
+    assert documents == {"outer": 6, "both": 4, "one": 2, "two": 2, "third": 2}
 
 
 def test_answers_that_leave_no_room_for_their_question(
     models: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "more"
-    done("tasks", "--tasks-data", data, "--out", folder, "--tasks", "piqa")
     reads = json.loads((models["dense"] / "config.json").read_text())["max_position_embeddings"]
     for name, most in (("cut", reads - 8), ("never", reads)):
-        (folder / f"{name}.yaml").write_text(
-            f"task: {name}\ncustom_dataset: !function offline_data.load\n"
-            "dataset_kwargs: {local_file: piqa.jsonl, local_split: test}\ntest_split: test\n"
-            "output_type: generate_until\ndoc_to_text: '{{goal}}'\ndoc_to_target: '{{sol1}}'\n"
+        say = (
+            "output_type: generate_until\ndoc_to_target: '{{sol1}}'\n"
             f"generation_kwargs: {{until: [' '], max_gen_toks: {most}}}\n"
             "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
         )
+        write_own_task(folder, data, name, say)
     only_offline(folder, monkeypatch)
     found = evaluate(models["dense"], "--tasks", "cut", "--limit", 2)["zero_shot"]["by_name"]
     assert found["cut"]["truncated"] == 2
     result = run("evaluate", models["dense"], "--tasks", "never", "--limit", 2)
     assert result.code == 2
     assert "never cannot be run (" in result.err
-
-
-def test_code_without_generate_is_asked_for_text_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    lm = harness.LoadedLM(tiny_model(), tiny_tokenizer(), None)
-
-    def written(**how: Any) -> list[str]:
-        how |= {"until": ["\n"], "max_gen_toks": 5}
-        asked = [
-            Instance("generate_until", {}, (prompt, how), number)
-            for number, prompt in enumerate(("A bridge", "To make soup, first"))
-        ]
-        return lm.generate_until(asked, disable_tqdm=True)
-
-    before = written()
-    assert all(before)
-    monkeypatch.delattr(GenerationMixin, "generate")
-    assert written() == before
-    with pytest.raises(UserError, match="draws answers at random"):
-        written(do_sample=True, temperature=0.5)
 
 
 def test_the_harness_ties_no_weights_that_differ() -> None:
@@ -464,9 +401,10 @@ def test_the_harness_ties_no_weights_that_differ() -> None:
 
 @pytest.mark.usefixtures("unloaded", "work")
 def test_an_unknown_task_is_refused_with_the_nearest_name(
-    offline: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    only_offline(offline, monkeypatch)
+    write_own_task(tmp_path / "own", data, "hellaswag")
+    only_offline(tmp_path / "own", monkeypatch)
     said = refused("evaluate", "model", "--tasks", "hellaswagg")
     assert "has no task 'hellaswagg'; did you mean hellaswag?" in said
 
@@ -512,17 +450,3 @@ def test_a_file_without_records_is_refused(tmp_path: Path) -> None:
     (tmp_path / "piqa.jsonl").write_text('\n"text"\n')
     with pytest.raises(UserError, match="line 2 has no 'goal'"):
         read_task(tmp_path, "piqa")
-
-
-def test_task_files_are_written_whole_or_not_at_all(data: Path, tmp_path: Path) -> None:
-    bad = write_tasks(tmp_path / "bad")
-    (bad / "openbookqa.jsonl").write_text("{}\n")
-    out = tmp_path / "out"
-    result = run("tasks", "--tasks-data", bad, "--out", out)
-    assert result.code == 2
-    assert "line 1 has no 'question_stem'" in result.err
-    assert not out.exists()
-    done("tasks", "--tasks-data", data, "--out", out, "--tasks", "piqa")
-    names = {path.name for path in out.iterdir()}
-    assert names == {"piqa.yaml", "piqa.jsonl", "offline_data.py", MANIFEST}
-    assert run("tasks", "--tasks-data", data, "--out", out).code == 2

@@ -381,24 +381,16 @@ def test_what_was_measured_is_kept_though_nobody_reads_it(
     (found,) = json.loads(Path("found.json").read_text())["perplexity"]
     assert (
         found["perplexity"]
-        == report_in(Path("small")).evaluations["pruned"].perplexity[0].perplexity
+        == report_in(Path("small")).evaluations["pruned"].of("perplexity")[0].value
     )
 
 
 def test_results_lie_in_the_home_folder(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shell does not read ``~`` behind the sign of ``--json=~/found.json``."""
-    home, tasks = work / "home", []
-
-    def write(out: Path, *_: object, **__: object) -> tuple[()]:
-        tasks.append(out)
-        return ()
-
+    home = work / "home"
     monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setattr(evaluating, "write_task_files", write)
-    done("compare", "small", "--json=~/found.json", "--html=~/found.html")
-    done("tasks", "--out=~/tasks", "--tasks-data=data")
-    assert {path.name for path in home.iterdir()} == {"found.json", "found.html"}
-    assert tasks == [home / "tasks"]
+    done("compare", "small", "--json=~/found.json")
+    assert {path.name for path in home.iterdir()} == {"found.json"}
     assert not Path("~").exists()
     assert "--json is empty" in refused("compare", "small", "--json=")
 

@@ -30,11 +30,6 @@ class Opened:
     console: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
-    def milliseconds(self) -> float:
-        """Return how long the page took from the start of navigation until it was loaded."""
-        timing = "performance.getEntriesByType('navigation')[0].loadEventEnd"
-        return float(self.page.evaluate(timing))
-
 
 @contextmanager
 def chromium() -> Iterator[Any]:

@@ -9,55 +9,43 @@ from llm_pruner.report.data import (
     ImportanceMap,
     ImportanceRow,
     LossPoint,
-    Measurement,
-    Perplexity,
     Recovery,
     Report,
+    Result,
     Source,
-    TaskScore,
 )
 from llm_pruner.types import Layer, Size, SplitTrial
 
 HOSTILE = (
     "<script>alert(1)</script><img src=x onerror=alert(2)> </td></table></style></svg>"
     "\"'> [a](http://evil.example/) ![b](http://evil.example/b.png) `c` **d** | e | $\\frac{1}{2}$ "
-    "{{ 7 * 7 }} {% raw %} <!-- \x1b[31mred\x07\x9b2J \u202eesrever\u202c \ud800 \x00 "
+    "{{ 7 * 7 }} {% raw %} <!-- \x1b[31mred\x07\x9b2J \u202eesrever\u202c \x00 "
     "# f --- www.evil.example"
 )
 """Markup of HTML, SVG, Markdown, YAML, Jinja and mathtext; escapes of a terminal; worse."""
 
 
+def result(part: Any, name: str, value: float, settings: str = "", **how: Any) -> Result:
+    """Return a result of one of the tables."""
+    usual = {"perplexity": {"better": "lower"}, "tasks": {"unit": "%", "better": "higher"}}
+    return Result(part=part, name=name, value=value, settings=settings, **usual.get(part, {}) | how)
+
+
 def evaluation(factor: float, text: str) -> Evaluation:
     """Return every kind of measurement; ``factor`` tells models apart."""
-    return Evaluation(
-        perplexity=(
-            Perplexity(
-                perplexity=20 * factor,
-                stderr=0.5,
-                corpus=f"Salesforce/wikitext wikitext-2-raw-v1{text}",
-                split="test",
-                protocol="standard",
-                window=512,
-                tokens=1022,
-            ),
-            Perplexity(perplexity=30 * factor, corpus=f"own{text}", window=64, tokens=63),
-        ),
-        tasks=(
-            TaskScore(
-                task=f"boolq{text}", metric="acc", value=0.6 / factor, stderr=0.02, items=200
-            ),
-            TaskScore(task="piqa", metric="acc", value=0.7 / factor, items=200, in_mean=False),
-            TaskScore(task="piqa", metric="acc_norm", value=0.8 / factor, items=200),
-        ),
-        measurements=(
-            Measurement(name=f"decode{text}", unit="tokens/s", value=8 / factor, better="higher"),
-            Measurement(name="file", unit="B", value=5e6 / factor, better="lower"),
-            Measurement(
-                name="prefill", unit="tokens/s", value=100.0, low=90.0, high=110.0, better="higher"
-            ),
-        ),
-        samples={f"Once{text}": f" upon a time{text} {factor}"},
+    wikitext, windows = f"Salesforce/wikitext wikitext-2-raw-v1, test{text}", "windows of 512"
+    results = (
+        result("perplexity", wikitext, 20 * factor, windows, stderr=0.5),
+        result("perplexity", f"own{text}", 30 * factor, "windows of 64"),
+        result("bits", f"own{text}", 1.0, "windows of 64", unit="bits per byte", better="lower"),
+        result("tasks", f"boolq{text}, acc", 0.6 / factor, "9 items", stderr=0.02, in_mean=True),
+        result("tasks", "mmlu, acc", 0.7 / factor, "9 items"),
+        result("tasks", "piqa, acc_norm", 0.8 / factor, "9 items", in_mean=True),
+        result("measured", f"decode{text}", 8 / factor, unit="tokens/s", better="higher"),
+        result("measured", "size on disk", 5e6 / factor, unit="B", better="lower"),
+        result("measured", "prefill", 100.0, unit="tokens/s", better="higher", low=90, high=110),
     )
+    return Evaluation(results=results, samples={f"Once{text}": f" upon a time{text} {factor}"})
 
 
 def full_report(text: str = "", **changes: Any) -> Report:

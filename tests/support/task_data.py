@@ -73,3 +73,31 @@ def write_records(path: Path, records: list[dict[str, Any]]) -> None:
     """Write JSON lines."""
     lines = (json.dumps(record, ensure_ascii=False) for record in records)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+READER = """
+import json
+from pathlib import Path
+
+import datasets
+
+def load(local_file, **_):
+    lines = (Path(__file__).parent / local_file).read_text().splitlines()
+    return {"test": datasets.Dataset.from_list([json.loads(line) for line in lines])}
+"""
+CHOICE = (
+    "output_type: multiple_choice\ndoc_to_choice: '{{[sol1, sol2]}}'\ndoc_to_target: label\n"
+    "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+)
+
+
+def write_own_task(folder: Path, data: Path, name: str, how: str = CHOICE, text: str = "") -> None:
+    """Write a task of the harness on the records of PIQA, and what reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "offline_data.py").write_text(READER)
+    (folder / "piqa.jsonl").write_bytes((data / "piqa.jsonl").read_bytes())
+    text = text or "'{{goal}}'"
+    (folder / f"{name}.yaml").write_text(
+        f"task: {name}\ncustom_dataset: !function offline_data.load\n"
+        f"dataset_kwargs: {{local_file: piqa.jsonl}}\ntest_split: test\ndoc_to_text: {text}\n{how}"
+    )

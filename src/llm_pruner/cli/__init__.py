@@ -64,7 +64,6 @@ add(app, "evaluate", EvaluateSettings, evaluate.run, evaluate.EXAMPLES)
 app.command("compare", cls=GroupedCommand, epilog=compare.EXAMPLES)(compare.command)
 add(app, "bench", BenchSettings, bench.run, bench.EXAMPLES)
 add(app, "export", ExportSettings, export.run, export.EXAMPLES)
-app.command("tasks", cls=GroupedCommand, epilog=evaluate.TASKS_EXAMPLES)(evaluate.write_tasks)
 app.command("demo", cls=GroupedCommand)(compress.demo)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,8 +10,6 @@ import typer
 from llm_pruner.cli.build import Json
 from llm_pruner.cli.output import Screen, check_json, write_json
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import expanded, placed
-from llm_pruner.files.outputs import check_file, write_output
 from llm_pruner.report.text import clean
 
 if TYPE_CHECKING:
@@ -21,7 +18,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\b
 Examples:
   llm-pruner compare ./small ./smaller
-  llm-pruner compare 20%=./small 50%=./smaller --html compare.html
+  llm-pruner compare 20%=./small 50%=./smaller
   llm-pruner compare ./small ./smaller --markdown > table.md
 """
 
@@ -37,40 +34,26 @@ _HEADINGS = {
 def command(
     folders: Annotated[
         list[str],
-        typer.Argument(
-            metavar="DIR", help="Folder that prune wrote, or any checkpoint; or NAME=DIR."
-        ),
+        typer.Argument(metavar="DIR", help="Folder that prune wrote; or NAME=DIR."),
     ],
-    html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a page.", show_default=False)
-    ] = None,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print one table in Markdown.")
     ] = False,
     json: Json = None,
 ) -> None:
     """Put several pruned models side by side."""
-    html = None if html is None else expanded(html)
-    reads = [*folders, *(folder.partition("=")[2] for folder in folders)]
     check_json(json)
     if markdown and json == "-":
         raise UserError("--markdown and --json - both write to stdout; give --json a file")
-    if html is not None:
-        check_file("--html", html, "page", reads)
 
-    from llm_pruner.report.compare import compare_folders, render_html, render_markdown
+    from llm_pruner.report.compare import compare_folders, render_markdown
 
     found = compare_folders(folders)
-    if html is not None:
-        write_output(html, render_html(found))
-        placed.append(html)
     write_json(found, json)
     if markdown:
         sys.stdout.write(render_markdown(found))
     elif json != "-":
         show(found)
-        if html is not None:
-            Screen().print(f"written to {clean(str(html))}", soft_wrap=True)
 
 
 def show(found: Comparison) -> None:

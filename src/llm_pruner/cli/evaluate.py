@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from llm_pruner.cli.output import Screen, hand_over, warn
-from llm_pruner.files.disk import expanded
 from llm_pruner.report.text import clean, count, in_percent, measured
 from llm_pruner.settings.evaluate import EvaluateSettings
 
@@ -114,7 +110,7 @@ def _show_abilities(out: Screen, found: Measured) -> None:
     from llm_pruner.report.facts import shares  # imports torch
 
     models = [one for one in (found, found.dense) if one]
-    each = [{name: one for name, one, _ in shares(of)} for of in models]
+    each = [{f"{name}, {how}": one for name, how, one, _ in shares(of)} for of in models]
     rows = [
         (name, *(in_percent(one[name].value, one[name].stderr) for one in each)) for name in each[0]
     ]
@@ -158,42 +154,3 @@ def _show_tasks(out: Screen, found: ZeroShot, dense: Abilities | None) -> None:
         out.print(f"longer than the model reads, so their start was cut: {clean(cut)}")
     if found.cached:
         out.print(f"known from an earlier run: {clean(', '.join(found.cached))}")
-
-
-TASKS_EXAMPLES = """\b
-Examples:
-  llm-pruner tasks --tasks-data tasks/ --out offline
-  lm_eval --model_args pretrained=small --include_path offline --tasks piqa
-"""
-
-
-def write_tasks(
-    out: Annotated[str, typer.Option(metavar="DIR", help="Folder to write.", show_default=False)],
-    tasks_data: Annotated[
-        str,
-        typer.Option(
-            metavar="DIR",
-            help="Folder with boolq.jsonl, piqa.jsonl, hellaswag.jsonl, winogrande.jsonl, "
-            "arc_easy.jsonl, arc_challenge.jsonl and openbookqa.jsonl.",
-            show_default=False,
-        ),
-    ],
-    tasks: Annotated[
-        str | None,
-        typer.Option(metavar="NAMES", help="Only these, such as boolq,piqa. [default: all seven]"),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace --out, if llm-pruner wrote all in it.")
-    ] = False,
-) -> None:
-    """Write the paper's tasks on local data for lm_eval."""
-    from llm_pruner.commands.evaluate import write_task_files
-    from llm_pruner.settings.words import LOCAL_TASKS
-
-    names = LOCAL_TASKS if tasks is None else tuple(name.strip() for name in tasks.split(","))
-    files = write_task_files(expanded(out), Path(tasks_data), names, overwrite=overwrite)
-    shown = Screen()
-    shown.print(f"{clean(out)}: {', '.join(file.stem for file in files)}", soft_wrap=True)
-    shown.print(
-        "Give it to lm-evaluation-harness with --include_path, and name the tasks with --tasks."
-    )

@@ -123,10 +123,8 @@ def show(done: Recovered) -> None:
 
 def show_control(out: Screen, control: Control | None) -> None:
     """Print the dense and the pruned model, each with and without the same training."""
-    from llm_pruner.report.facts import control_of
-
-    for four in control_of(control):
-        out.table(four.text, four.columns, [row.cells for row in four.rows])
+    for four in () if control is None else control.texts:
+        out.table(four.title, four.columns, four.cells)
         out.print(f"pruned + training is {four.damage:.3f} times dense + training in perplexity")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -16,9 +16,8 @@ from transformers import __version__ as transformers_version
 
 from llm_pruner.data.files import read_skill, read_source, read_task
 from llm_pruner.data.text import load_documents, with_field
-from llm_pruner.errors import UserError
 from llm_pruner.evaluation import health, result_cache, skills, zero_shot
-from llm_pruner.evaluation.answers import Asked, check_prompts, written
+from llm_pruner.evaluation.answers import Asked, written
 from llm_pruner.evaluation.programs import require_sandbox
 from llm_pruner.models.load import LoadedModel, load, stored_dtype
 from llm_pruner.report.records import Abilities, ZeroShot, as_json
@@ -39,7 +38,6 @@ class Late:
 
     Attributes:
         room: gives the bytes that the weights may take on a device.
-        asked: prompts that it will be given, which are refused as soon as it is there.
         reads_text: whether it is refused without a tokenizer.
         identity: by which they are kept; None where nothing is.
     """
@@ -47,16 +45,12 @@ class Late:
     settings: ModelSettings
     keeps: bool
     room: Callable[[str], int]
-    asked: Sequence[Asked] = ()
     reads_text: bool = True
 
     @cached_property
     def loaded(self) -> LoadedModel:
         how = {"packed": True, "tokenizer_required": self.reads_text}
-        found = load(self.settings, memory=self.room(self.settings.device), **how)
-        for asked in self.asked:
-            check_prompts(found, asked)
-        return found
+        return load(self.settings, memory=self.room(self.settings.device), **how)
 
     @cached_property
     def dtype(self) -> str:
@@ -106,12 +100,6 @@ class Prepared:
     prompts: Asked | None = None
     prompts_name: str = "built in"
 
-    @property
-    def written(self) -> list[Asked]:
-        """All that is answered in text, but by the harness."""
-        programs = [skills.human_eval_prompts(self.problems)] if self.problems else []
-        return programs if self.prompts is None else [*programs, self.prompts]
-
 
 def prepare(settings: EvaluateSettings) -> Prepared:
     """Read what is asked for; raise UserError for what cannot be read or run."""
@@ -145,27 +133,19 @@ def _problems(data: Path | None) -> list[Mapping[str, str]]:
 
 
 def abilities(settings: EvaluateSettings, prepared: Prepared, late: Late) -> Abilities:
-    """Return what a model can do of what is asked for.
-
-    Without the identity of the model nothing is known or kept. It is loaded only for what is not.
-    """
-    harness, found, dtype = _Harness(settings, late), [], late.dtype
-    tasks = None if prepared.tasks is None else run_tasks(prepared.tasks, settings, harness, dtype)
+    """Return what a model can do of what is asked for; it is loaded only for what is not known."""
+    harness, dtype = _Harness(settings, late), late.dtype
 
     def answers(asked: Asked) -> Any:
         return written(asked, lambda: late.loaded, settings.sequences, late.key)
 
-    sums = None
-    if prepared.sums is not None:  # which may be refused
-        try:
-            sums = skills.gsm8k(harness.results(prepared.sums)[0], dtype)
-        except UserError as error:
-            raise UserError(f"--skills gsm8k: {error}") from error
+    tasks = None if prepared.tasks is None else run_tasks(prepared.tasks, settings, harness, dtype)
+    found = []
     if prepared.problems:
         programs = answers(skills.human_eval_prompts(prepared.problems))
         found.append(skills.human_eval(prepared.problems, programs, prepared.total, dtype))
-    if sums is not None:
-        found.append(sums)
+    if prepared.sums is not None:
+        found.append(skills.gsm8k(harness.results(prepared.sums)[0], dtype))
     long = None
     if prepared.prompts is not None:
         asked = prepared.prompts
@@ -175,11 +155,7 @@ def abilities(settings: EvaluateSettings, prepared: Prepared, late: Late) -> Abi
 
 def prepare_tasks(settings: TaskSettings) -> list[PreparedTask]:
     """Return the tasks with their documents; raise UserError if one is unknown or has no data."""
-    tasks, data = settings.tasks or (), settings.tasks_data
-    if twice := sorted(task for task in tasks if tasks.count(task) > 1):
-        raise UserError(f"task {twice[0]} is named twice; name it once")
-    if not all(tasks):
-        raise UserError("--tasks has an empty name; write such as boolq,piqa")
+    tasks, data = tuple(dict.fromkeys(settings.tasks or ())), settings.tasks_data
     zero_shot.require_harness()
     from llm_pruner.evaluation.harness import prepare  # imports the harness, which takes seconds
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -15,15 +13,13 @@ from llm_pruner.evaluation import footprint
 from llm_pruner.evaluation.speed import (
     Speed,
     SpeedUp,
-    compiled,
-    compiling,
     device_name,
     measure_speed,
     speed_up,
 )
 from llm_pruner.files.disk import folder_bytes
 from llm_pruner.models.checkpoint_files import stored_at
-from llm_pruner.models.forward import Decoder, maximum_length
+from llm_pruner.models.forward import maximum_length
 from llm_pruner.models.load import LoadedModel, check, load
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.evaluate import BenchSettings
@@ -91,7 +87,7 @@ def bench(settings: BenchSettings) -> Bench:
     """Measure a model, and another one in turns with it.
 
     Raises:
-        UserError: a model cannot be loaded or compiled.
+        UserError: a model cannot be loaded.
         LLMPrunerError: a model does not run.
     """
     sources = [settings.loading()]
@@ -114,7 +110,11 @@ def bench(settings: BenchSettings) -> Bench:
             tuple(footprint.measure_memory(one, batch_size=n, **text) for n in settings.batch_size)
             for one in models
         ]
-        speeds = [*zip(*(_speeds(models, n, settings) for n in settings.batch_size), strict=True)]
+        timed = [
+            measure_speed(models, repeats=settings.repeats, batch_size=n, **text)
+            for n in settings.batch_size
+        ]
+        speeds = [*zip(*timed, strict=True)]
         figures = [
             replace(one, memory=peaks, speed=rates)
             for one, peaks, rates in zip(figures, memory, speeds, strict=True)
@@ -122,7 +122,7 @@ def bench(settings: BenchSettings) -> Bench:
         if len(models) > 1:
             pairs = zip(*speeds, strict=True)
             comparison = tuple(_compared(models, fast, slow) for fast, slow in pairs)
-    asked = {"prompt_tokens", "new_tokens", "repeats", "compile", "counts_only"}
+    asked = {"prompt_tokens", "new_tokens", "repeats", "counts_only"}
     weight = next(models[0].parameters())
     return Bench(
         settings={
@@ -170,25 +170,6 @@ def _counted(loaded: LoadedModel, source: ModelSettings) -> Figures:
         kv_cache_bytes_per_token=counts.cache_bytes_per_token,
         cache_bytes_fixed=counts.cache_bytes_fixed,
     )
-
-
-def _speeds(models: list[Any], batch_size: int, settings: BenchSettings) -> list[Speed]:
-    """Return the speed of each model at one batch size."""
-    start: Callable[[Any], Any] = Decoder
-    with ExitStack() as stack:
-        if settings.compile:
-            # Anew for each batch size, so that only its copies of the weights exist.
-            on_processor = next(models[0].parameters()).device.type == "cpu"
-            stack.enter_context(compiling(constant_weights=on_processor))
-            start = compiled(settings.prompt_tokens + settings.new_tokens)
-        return measure_speed(
-            models,
-            prompt_tokens=settings.prompt_tokens,
-            new_tokens=settings.new_tokens,
-            repeats=settings.repeats,
-            batch_size=batch_size,
-            start=start,
-        )
 
 
 def _compared(models: list[Any], fast: Speed, slow: Speed) -> Comparison:

@@ -255,7 +255,7 @@ class _Stages:
                 against=against,
             )
             first = self.first if variant == "dense" else lambda _: None
-            return measure_apart(asked, WINDOW, first, strict=False)
+            return measure_apart(asked, WINDOW, first)
 
         return self.run.once(variant, Measured, make)
 

@@ -11,31 +11,27 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from llm_pruner.commands.abilities import Late, Prepared, abilities, prepare, stored
-from llm_pruner.data.files import read_task
 from llm_pruner.data.text import EvaluationText, load_evaluation_text, read_each
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.evaluation import result_cache, zero_shot
 from llm_pruner.evaluation.footprint import model_size
-from llm_pruner.evaluation.perplexity import perplexity
+from llm_pruner.evaluation.perplexity import PerplexityResult, perplexity
 from llm_pruner.evaluation.samples import check_prompt, sample_continuation
 from llm_pruner.evaluation.speed import NEW_TOKENS, PROMPT_TOKENS, Speed, measure_speed
-from llm_pruner.files.outputs import atomic_directory, check_output
 from llm_pruner.models.forward import maximum_length
-from llm_pruner.models.load import exceeds
+from llm_pruner.models.load import LoadedModel
 from llm_pruner.models.streaming import is_model_streamed
-from llm_pruner.report.records import Abilities, Measured
+from llm_pruner.report.records import Measured
 from llm_pruner.report.write import check_measured
 from llm_pruner.runtime.memory import give_back, keep_large_blocks
 from llm_pruner.runtime.processes import new_python
 from llm_pruner.runtime.signals import end_with_parent
 from llm_pruner.settings.evaluate import EvaluateSettings, PerplexitySettings
-from llm_pruner.settings.words import LOCAL_TASKS
 from llm_pruner.surgery.vocabulary import with_tokens_of
 from llm_pruner.types import Size
 
@@ -59,19 +55,16 @@ def measure(
     settings: EvaluateSettings,
     window: int | None = None,
     first: Callable[[Measured], None] = lambda _: None,
-    *,
-    strict: bool = True,
 ) -> Measured:
     """Load a model and measure what is asked for.
 
-    With ``chat`` a model whose tokenizer has a chat template is asked the prompts as a user would.
-    If only tasks, skills or health are asked for and all is known, no model is loaded.
+    If only tasks, skills or health are asked for and all is known, no model is loaded. The speed of
+    a model that is read block by block, or reads fewer tokens than are timed, is left out.
 
     Args:
         window: tokens in a window of text in place of what the settings say; fewer if the model
             does not read so many.
         first: is told the size and the perplexities, before the rest is measured.
-        strict: whether a speed that cannot be measured is refused; otherwise it is left out.
 
     Raises:
         UserError: the model, a corpus or a task cannot be read.
@@ -80,123 +73,96 @@ def measure(
     texts = read_texts(settings.perplexity, settings)
     prepared = prepare(settings)
     asks = prepared != Prepared()
+    reads, keeps = bool(texts or asks or settings.prompt), asks and settings.cache
     # With texts, both models are in memory at once.
     room = partial(settings.room, models=2 if texts and settings.against else 1)
-    writes = asks or bool(settings.prompt)
-    reads = bool(texts) or writes
-    late = Late(settings.loading(), asks and settings.cache, room, prepared.written, reads)
+    late, dense = Late(settings.loading(), keeps, room, reads), None
+    if settings.against is not None:
+        dense = Late(settings.loading(settings.against), keeps, settings.room)
     if settings.report is not None:
         check_measured(settings.report, settings.model, _known(late).size.total)
-    dense = None
-    if settings.against is not None:
-        like = settings.loading(settings.against)
-        dense = Late(like, late.keeps, settings.room, late.asked)
-    if (settings.speed or writes) and _is_read_often(settings, late, alone=asks and bool(dense)):
-        if settings.speed and strict:
-            raise _no_speed(settings)
-        settings = settings.but(speed=False)
-        if writes:
-            _LOG.warning(
-                "for each batch of a task, and each token that is written, all weights of %s are "
-                "read",
-                settings.model,
-            )
-    if settings.speed and (refused := _too_short(late)):
-        if strict:
-            raise refused
-        settings = settings.but(speed=False)
     for prompt in settings.prompt:
         check_prompt(late.loaded.model, late.loaded.tokenizer, prompt, chat=settings.chat)
-    if texts and window is not None:
-        longest = maximum_length(late.loaded.model)
-        settings = settings.but(seq_len=window if longest is None else min(window, longest))
-    perplexities = []
-    if texts:
-        loaded = late.loaded
-        beside = with_tokens_of(dense.loaded, loaded) if dense else None
-        perplexities = [
-            perplexity(loaded.model, loaded.tokenizer, text, settings, beside) for text in texts
-        ]
-        del beside
-        del loaded
+    perplexities = _perplexities(texts, settings, window, late, dense) if texts else []
     size = _known(late).size
-    begun = Measured(
+    found = Measured(
         model=late.name,
         parameters=size.total,
         parameters_embedding=size.embedding,
         parameters_blocks=size.blocks,
         perplexity=perplexities,
     )
-    first(begun)
-    of_dense = None
-    if asks and dense:
-        late.unload()  # from here on, each is alone in memory
-        late.room = settings.room
-        of_dense = abilities(settings, prepare(settings), dense)  # a task runs once
-    against = _known(dense) if dense else None
-    dense = None
+    first(found)
+    if dense is not None:
+        known = _known(dense)
+        found = replace(
+            found, parameters_against=known.size.total, fingerprint_against=known.fingerprint
+        )
     if asks:
-        begun = _joined(begun, abilities(settings, prepared, late), of_dense)
+        found = _with_abilities(found, settings, prepared, late, dense)
     return replace(
-        begun,
-        parameters_against=None if against is None else against.size.total,
-        fingerprint_against=None if against is None else against.fingerprint,
-        speed=_speed(settings, late, strict=strict) if settings.speed else None,
-        samples={
-            prompt: sample_continuation(
-                late.loaded.model,
-                late.loaded.tokenizer,
-                prompt,
-                settings.new_tokens,
-                chat=settings.chat,
-            )
-            for prompt in settings.prompt
-        },
+        found,
+        speed=_speed(late.loaded) if settings.speed else None,
+        samples={prompt: _sample(late.loaded, prompt, settings) for prompt in settings.prompt},
     )
 
 
-def _no_speed(settings: EvaluateSettings) -> UserError:
-    return UserError(
-        f"--speed would time how fast the weights of {settings.model} are read; give a --memory "
-        "that holds them, or leave it out"
-    )
+def _perplexities(
+    texts: Sequence[EvaluationText],
+    settings: EvaluateSettings,
+    window: int | None,
+    late: Late,
+    dense: Late | None,
+) -> list[PerplexityResult]:
+    loaded = late.loaded
+    if window is not None:
+        settings = settings.but(seq_len=min(window, maximum_length(loaded.model) or window))
+    beside = with_tokens_of(dense.loaded, loaded) if dense else None
+    return [perplexity(loaded.model, loaded.tokenizer, text, settings, beside) for text in texts]
 
 
-def _too_short(late: Late) -> UserError | None:
-    """Return what is said of a model that reads fewer tokens than it would be timed on."""
-    limit = maximum_length(late.loaded.model)
-    if limit is None or limit >= PROMPT_TOKENS + NEW_TOKENS:
-        return None
-    return UserError(
-        f"--speed times {PROMPT_TOKENS} prompt tokens and {NEW_TOKENS} new ones, more than the "
-        f"{limit} positions of {late.name}; use llm-pruner bench with fewer, or leave it out"
-    )
-
-
-def _speed(settings: EvaluateSettings, late: Late, *, strict: bool) -> Speed | None:
-    """Return the speed of a model in memory; None of another one, or refuse it."""
-    if is_model_streamed(late.loaded.model):  # of the hub, of which no size was known before
-        if strict:
-            raise _no_speed(settings)
-        return None
-    return measure_speed([late.loaded.model])[0]
-
-
-def _is_read_often(settings: EvaluateSettings, late: Late, *, alone: bool) -> bool:
-    """Whether the weights are read block by block for all but texts; it may be alone by then."""
-    if alone:
-        return exceeds(late.settings, settings.room(settings.device))
-    if settings.speed or late.is_loaded:
-        return is_model_streamed(late.loaded.model)
-    return exceeds(late.settings, late.room(settings.device))
-
-
-def _joined(begun: Measured, found: Abilities, dense: Abilities | None) -> Measured:
-    tasks, kept = found.zero_shot, None
-    if dense and dense.zero_shot and tasks:
-        kept = zero_shot.kept(tasks.tasks, dense.zero_shot.tasks, dense.model)
+def _with_abilities(
+    found: Measured,
+    settings: EvaluateSettings,
+    prepared: Prepared,
+    late: Late,
+    dense: Late | None,
+) -> Measured:
+    """Add what the models can do; each is alone in memory."""
+    beside = None
+    if dense is not None:
+        late.unload()
+        late.room = settings.room
+        beside = abilities(settings, prepare(settings), dense)  # a task runs once
+        dense.unload()
+    own, kept = abilities(settings, prepared, late), None
+    if beside and beside.zero_shot and own.zero_shot:
+        kept = zero_shot.kept(own.zero_shot.tasks, beside.zero_shot.tasks, beside.model)
     return replace(
-        begun, zero_shot=tasks, skills=found.skills, health=found.health, dense=dense, kept=kept
+        found,
+        zero_shot=own.zero_shot,
+        skills=own.skills,
+        health=own.health,
+        dense=beside,
+        kept=kept,
+    )
+
+
+def _speed(loaded: LoadedModel) -> Speed | None:
+    limit = maximum_length(loaded.model)
+    if is_model_streamed(loaded.model):
+        why = "its weights are read block by block; give a --memory that holds them"
+    elif limit is not None and limit < PROMPT_TOKENS + NEW_TOKENS:
+        why = f"it reads {limit} tokens; use llm-pruner bench with fewer"
+    else:
+        return measure_speed([loaded.model])[0]
+    _LOG.warning("the speed of %s is not measured: %s", loaded.name, why)
+    return None
+
+
+def _sample(loaded: LoadedModel, prompt: str, settings: EvaluateSettings) -> str:
+    return sample_continuation(
+        loaded.model, loaded.tokenizer, prompt, settings.new_tokens, chat=settings.chat
     )
 
 
@@ -204,8 +170,6 @@ def measure_apart(
     settings: EvaluateSettings,
     window: int | None = None,
     first: Callable[[Measured], None] = lambda _: None,
-    *,
-    strict: bool = True,
 ) -> Measured:
     """Do the same in a process of its own, so that models do not share memory.
 
@@ -214,8 +178,7 @@ def measure_apart(
     give_back()  # of a GPU, or it would be held for models that are gone
     command = new_python(f"from {__name__} import _measure_there; _measure_there()")
     answer: dict[str, Any] = {}
-    asked = {"parent": os.getpid(), "settings": settings.written()}
-    asked |= {"window": window, "strict": strict}
+    asked = {"parent": os.getpid(), "settings": settings.written(), "window": window}
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -239,11 +202,6 @@ def measure_apart(
         raise UserError(answer["refused"])
     if "measured" not in answer:
         said = answer.get("failed", f"its process ended with {child.returncode}")
-        if child.returncode < 0:
-            said = (
-                f"its process was ended by signal {-child.returncode}; if memory was short, use a "
-                "smaller --dtype"
-            )
         raise LLMPrunerError(f"{settings.model} could not be measured: {said}")
     found: Measured = _MEASURED.validate_python(answer["measured"])
     return found
@@ -263,8 +221,7 @@ def _measure_there() -> None:
     try:
         settings = EvaluateSettings(**asked["settings"])
         begun = partial(answer, "begun")
-        window, strict = asked["window"], asked["strict"]
-        found = measure(settings, window, lambda one: begun(asdict(one)), strict=strict)
+        found = measure(settings, asked["window"], lambda one: begun(asdict(one)))
         answer("measured", asdict(found))
     except Exception as error:  # also a library's, which says what the parent is to say
         ours = isinstance(error, LLMPrunerError)
@@ -284,36 +241,9 @@ def _known(late: Late) -> _Known:
 
 
 def read_texts(sources: Sequence[str], settings: PerplexitySettings) -> list[EvaluationText]:
-    """Return the corpora; raise UserError if one cannot be read, or two have one name."""
+    """Return the corpora; UserError if one cannot be read."""
 
     def read(source: str, text_field: str | None) -> EvaluationText:
         return load_evaluation_text(source, settings.but(text_field=text_field))
 
-    texts = [*read_each(read, sources, settings.text_field).values()]
-    names = [text[:2] for text in texts]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(
-            f"two texts are called {twice[0][0]}, by which results are told apart; rename one"
-        )
-    return texts
-
-
-def write_task_files(
-    out: Path, data: Path, tasks: tuple[str, ...] = LOCAL_TASKS, *, overwrite: bool = False
-) -> list[Path]:
-    """Write a folder that ``lm_eval --include_path`` reads; it holds the records and can be moved.
-
-    Raises UserError: the harness is missing, the data is not sound, or ``out`` is taken.
-    """
-    check_output(out, overwrite, [data])
-    zero_shot.require_harness()
-    records = {task: read_task(data, task) for task in tasks}
-    with atomic_directory(out, overwrite) as folder:
-        files = {f"{zero_shot.READER}.py": zero_shot.READER_SOURCE}
-        for task, found in records.items():
-            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in found)
-            files[f"{task}.jsonl"] = "".join(lines)
-            files[f"{task}.yaml"] = zero_shot.definition_text(task, f"{task}.jsonl")
-        for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8", newline="\n")
-    return [out / f"{task}.yaml" for task in tasks]
+    return [*read_each(read, sources, settings.text_field).values()]

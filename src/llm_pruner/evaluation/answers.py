@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -14,8 +13,8 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import result_cache
-from llm_pruner.evaluation.samples import check_prompt, continuation, encoded, end_ids, write
-from llm_pruner.models.forward import Decoder, evaluating, maximum_length
+from llm_pruner.evaluation.samples import continuation, encoded, end_ids
+from llm_pruner.models.forward import evaluating, maximum_length
 from llm_pruner.models.load import LoadedModel
 from llm_pruner.runtime.progress import quiet, track
 
@@ -65,18 +64,10 @@ def written(
     batch_size: int | None = None,
     key: Callable[..., str | None] = lambda **_: None,
 ) -> list[Answer]:
-    """Return an answer to each prompt; the model is loaded only to write what is not kept yet.
+    """Return a greedy answer to each prompt; the model is loaded only for answers not kept yet.
 
-    Greedy: at each step the likeliest token, whatever the checkpoint's own generation config says.
-    Prompts of a batch are padded on the left.
-
-    Args:
-        batch_size: prompts at once; by default ``BATCH``.
-        key: gives the name under which answers are kept, of what they depend on beside the model;
-            None where nothing is kept.
-
-    Raises:
-        UserError: a prompt leaves no room for an answer.
+    ``key`` gives the name under which answers are kept, from what they depend on beside the model;
+    None where nothing is kept. Raises UserError if a prompt leaves no room for an answer.
     """
     size = batch_size or BATCH
     batches = [asked.prompts[start : start + size] for start in range(0, len(asked.prompts), size)]
@@ -94,12 +85,6 @@ def written(
             yield from found
 
     return list(track(answers(), asked.title, len(asked.prompts)))
-
-
-def check_prompts(loaded: LoadedModel, asked: Asked) -> None:
-    """Raise UserError if a prompt leaves no room for an answer."""
-    for prompt in asked.prompts:
-        check_prompt(loaded.model, loaded.tokenizer, prompt, chat=asked.chat)
 
 
 def _kept(name: str | None, count: int) -> list[Answer] | None:
@@ -122,7 +107,7 @@ def write_batch(model: Any, tokenizer: Any, prompts: Sequence[str], asked: Asked
     padding = min(ends, default=0)
     # The answer to a long prompt may end early, and those to others are not to end with it.
     early = limit is not None and limit - longest < asked.new_tokens
-    if len(rows) > 1 and (early or not generates(model) or sees_padding(model, rows, padding)):
+    if len(rows) > 1 and (early or sees_padding(model, rows, padding)):
         alone = [write_batch(model, tokenizer, [prompt], asked) for prompt in prompts]
         return [answer for [answer] in alone]
     room = asked.new_tokens if limit is None else min(asked.new_tokens, limit - longest)
@@ -131,45 +116,18 @@ def write_batch(model: Any, tokenizer: Any, prompts: Sequence[str], asked: Asked
             f"a prompt of {longest} tokens leaves no room for an answer: the model reads {limit}; "
             "use shorter prompts"
         )
-    if generates(model):
-        stops = [_Stops(tokenizer, asked.stops, longest)] if asked.stops else []
-        out = _generate(
-            model,
-            rows,
-            longest,
-            max_new_tokens=room,
-            eos_token_id=sorted(ends) or None,
-            pad_token_id=padding,
-            stopping_criteria=StoppingCriteriaList(stops),
-        )
-        found = out.sequences[:, longest:].tolist()
-    else:
-        found = [token_by_token(model, tokenizer, row, room, asked.stops) for row in rows]
+    stops = [_Stops(tokenizer, asked.stops, longest)] if asked.stops else []
+    out = _generate(
+        model,
+        rows,
+        longest,
+        max_new_tokens=room,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=padding,
+        stopping_criteria=StoppingCriteriaList(stops),
+    )
+    found = out.sequences[:, longest:].tolist()
     return [_answer(tokenizer, *each, ends) for each in zip(rows, found, strict=True)]
-
-
-def generates(model: Any) -> bool:
-    """Whether a model can be asked for text as those of transformers are.
-
-    Code that comes with one may lack that, or have a ``generate`` that takes other arguments.
-    """
-    way = getattr(model, "generate", None)
-    named = inspect.signature(way).parameters.values() if callable(way) else ()
-    return any(one.kind is one.VAR_KEYWORD for one in named)
-
-
-def token_by_token(
-    model: Any, tokenizer: Any, given: list[int], most: int, stops: Sequence[str]
-) -> list[int]:
-    """Return what a model without ``generate`` writes: up to an end token, with it, or a stop."""
-    ends, stopped = end_ids(model, tokenizer), _Stops(tokenizer, stops, 0)
-    written: list[int] = []
-    with evaluating(model):
-        for token in write(Decoder(model), given, most, set()):
-            written.append(token)
-            if token in ends or stopped(torch.tensor([written], device="cpu")):
-                break
-    return written
 
 
 def _generate(model: Any, rows: Sequence[list[int]], length: int, **settings: Any) -> Any:

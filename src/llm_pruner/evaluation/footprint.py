@@ -1,14 +1,10 @@
 """What a model takes: parameters and bytes, multiply-accumulates, bytes read, cache, peak memory.
 
-All but the size is seen while the model runs. No architecture is known: every operation that
-PyTorch dispatches is seen, whatever Python called it. A model without weights (on the meta device)
-has its work counted as well, on stand-ins.
-
-What is counted: matrix products (linear layers, experts that a token is routed to, the output
-layer for every position) and convolutions, one MAC for each multiplication; attention as its two
-products over all pairs of positions, as the paper does, though causal kernels may skip half. What
-is not: norms, activations, rotations, softmax, scans and look-ups, which are no products (under
-0.1% of a Llama of 7B).
+All but the size is counted while the model runs, or stand-ins do where it has no weights: every
+operation that PyTorch dispatches is seen, so no architecture needs to be known. Counted are matrix
+products and convolutions, one MAC for each multiplication, and attention as two products over all
+pairs of positions, as in the paper. Norms, activations, rotations and look-ups are not (under 0.1%
+of a Llama of 7B).
 """
 
 from __future__ import annotations
@@ -104,15 +100,8 @@ def count_work(
 ) -> Counts:
     """Count the prefill of a generation and the token after it.
 
-    Args:
-        model: a causal language model of transformers, with or without weights.
-        prompt_tokens: length of each text.
-        batch_size: texts at once.
-        weights: whether a model that has weights is run with them; without, stand-ins take their
-            place, and nothing is read or computed.
-
-    Raises:
-        LLMPrunerError: the model does not run.
+    Without ``weights`` stand-ins take the place of those that the model has. Raises LLMPrunerError
+    if the model does not run.
     """
     with _runnable(model, weights=weights):
         tokens = example_tokens(model, (batch_size, prompt_tokens + 1))
@@ -207,10 +196,7 @@ def _vector_product(args: tuple[Any, ...], _: dict[str, Any]) -> tuple[int, list
 def _grouped_product(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[int, list[torch.Tensor]]:
-    """Rows (S, K), sorted by group, times one matrix (K, N) of (G, K, N) each.
-
-    ``offs``, shape (G,), holds where each group ends; a group without rows is not read.
-    """
+    """Rows (S, K), sorted by group, times one matrix (K, N) of (G, K, N) each; ``offs``: ends."""
     rows, matrices = args[0], args[1]
     ends = kwargs.get("offs", args[2] if len(args) > 2 else None)
     if ends is None or rows.dim() != 2 or matrices.dim() != 3:
@@ -245,9 +231,8 @@ def measure_memory(
 ) -> PeakMemory:
     """Run a prefill and decode some tokens, and return the largest sums of living tensors.
 
-    On a GPU the allocator is asked. Elsewhere every tensor is followed from the operation that
-    makes it to its end: unlike the memory of the process, the sum does not depend on what ran
-    before, and leaves out what an operation uses inside.
+    On a GPU the allocator is asked; elsewhere every tensor is followed from the operation that
+    makes it to its end, so that the sum does not depend on what ran before.
     """
     weights = tensor_bytes([*model.parameters(), *model.buffers()])
     tokens = example_tokens(model, (batch_size, prompt_tokens + new_tokens))
@@ -277,10 +262,7 @@ def _on_cuda(device: torch.device) -> Iterator[Callable[[], int]]:
 
 
 class Follower(TorchDispatchMode):
-    """Adds up the memory of the results of all operations while they live.
-
-    A call returns the most bytes that were alive at once since the last one.
-    """
+    """Follows the memory of all results; a call returns the largest sum since the last call."""
 
     def __init__(self) -> None:
         super().__init__()

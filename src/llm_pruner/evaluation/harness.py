@@ -23,7 +23,7 @@ from lm_eval.tasks import TaskManager
 
 from llm_pruner.errors import UserError, in_short
 from llm_pruner.evaluation import zero_shot
-from llm_pruner.evaluation.answers import generates, sees_padding, token_by_token
+from llm_pruner.evaluation.answers import sees_padding
 from llm_pruner.evaluation.likelihood import log_likelihoods, truncated
 from llm_pruner.runtime.progress import quiet as silenced
 from llm_pruner.settings.options import near
@@ -78,14 +78,10 @@ class LoadedLM(HFLM):
             )
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Generate, with the harness's progress bar if there is a terminal.
-
-        A recurrent model that reads padding, which the harness puts to the left, gets one prompt at
-        a time, and so does one without ``generate``.
-        """
+        """Generate; a recurrent model that reads padding gets one prompt at a time."""
         token = next(iter(self.tok_encode("a")), 0)
         rows = [[token], [token] * 8]
-        if not generates(self.model) or sees_padding(self.model, rows, self.tokenizer.pad_token_id):
+        if sees_padding(self.model, rows, self.tokenizer.pad_token_id):
             self.batch_size_per_gpu = 1
         with redirect_stderr(self.terminal):
             silent = disable_tqdm or not self.terminal.isatty()
@@ -95,21 +91,6 @@ class LoadedLM(HFLM):
                 raise UserError(
                     f"{self.title} cannot be run ({in_short(error)}); leave this task out"
                 ) from error
-
-    def _model_generate(
-        self, context: torch.Tensor, max_length: int, stop: list[str], **how: Any
-    ) -> torch.Tensor:
-        if generates(self.model):
-            return super()._model_generate(context, max_length, stop, **how)
-        if how.get("do_sample"):
-            raise UserError(
-                f"{self.title} draws answers at random, and the model has no generate to do so; "
-                "leave this task out"
-            )
-        (given,) = context.tolist()
-        room = max_length - len(given)
-        found = token_by_token(self.model, self.tokenizer, given, room, stop)
-        return torch.tensor([[*given, *found]], device="cpu")
 
     def tok_batch_encode(
         self, strings: list[str], *args: Any, left_truncate_len: int | None = None, **how: Any
@@ -180,8 +161,6 @@ def _named(name: str) -> dict[str, Any]:
                 f"task {name} runs code that the model writes, which this command never does; "
                 "use lm_eval itself in a sandbox"
             )
-        if getattr(each, "MULTIMODAL", False):
-            raise UserError(f"task {name} needs images or sound; name a task of text")
     return tasks
 
 

@@ -1,9 +1,7 @@
 """Log-likelihoods of continuations, each position of each text computed once.
 
-The answers to one question share its text. Scored one by one, as evaluation harnesses do, that text
-is run once per answer, and logits over the whole vocabulary are formed for every position. Here
-it is run once, together with texts of about its length; every answer continues from the cache, and
-logits are formed for answers only.
+The answers to one question share its text. Here the text runs once, every answer continues from the
+cache, and logits are formed for answers only.
 """
 
 from __future__ import annotations
@@ -70,11 +68,8 @@ def log_likelihoods(
     start, as in lm-evaluation-harness.
 
     Args:
-        model: a causal language model of transformers, in eval mode.
-        pairs: contexts and continuations.
         max_length: tokens that the model can read at once.
-        batch_size: sequences in a forward pass; by default as many as keep a batch small, and half
-            as many where memory runs out.
+        batch_size: sequences in a forward pass; by default as many as keep a batch small.
 
     Raises:
         UserError: a continuation is longer than ``max_length``, or a result is not a number.

@@ -52,9 +52,8 @@ class PerplexityResult:
         divergence: from the dense model on the same windows, if one was given.
         stderr: standard error of the perplexity from the spread between windows (perplexity times
             the standard error of the windows' mean loss); None for a single window.
-        bits_per_byte: nll / ln 2 * (tokens of the whole text) / (bytes of it in UTF-8), special
-            tokens aside: the loss of what was predicted, at the rate at which the text has tokens.
-            Models of different tokens can be compared by it. None where there is no whole text.
+        bits_per_byte: nll / ln 2 * (tokens of the whole text) / (bytes of it in UTF-8), by which
+            models of different tokens can be compared; None where there is no whole text.
         dtype: that the model computes in.
         max_tokens: of the text that were to be read; None for all.
         ids_digest, text_digest: of the tokens in the windows, and of the whole text.
@@ -103,20 +102,18 @@ def perplexity(
 ) -> PerplexityResult:
     """Return the perplexity over windows that do not overlap; an incomplete last one is dropped.
 
-    - ``paper``, as LLM-Pruner (arXiv 2305.11627) measures it: the text is encoded in one piece with
-      the tokenizer's special tokens and cut into windows of 128; so BOS, where the tokenizer adds
-      one, stands in the first window alone. Every window predicts all its tokens but the first.
+    - ``paper``, as LLM-Pruner (arXiv 2305.11627): the text is encoded in one piece with the
+      tokenizer's special tokens and cut into windows of 128, of which all but the first token is
+      predicted. BOS stands in the first window alone.
     - ``standard``: windows of 2048 tokens, or the model's maximum if that is smaller. Where the
-      tokenizer adds BOS, each window is BOS and ``seq_len - 1`` tokens of text, all of which are
-      predicted; else a window is ``seq_len`` tokens, of which the first is not predicted.
+      tokenizer adds BOS, each window begins with it and all else is predicted; else all but the
+      first token is.
 
-    The loss is computed in float32 and summed in float64, whatever the model's type. By default as
-    many windows are in a forward pass as keep the logits under 256 MiB.
+    The loss is computed in float32 and summed in float64.
 
     Raises:
         UserError: the text is shorter than a window, a window is longer than the model's maximum,
-            the tokenizer has ids that the model lacks, ``dense`` has other tokens under ids of the
-            text, or a loss is not finite (names the window).
+            the tokens are not the model's or ``dense``'s, or a loss is not finite.
     """
     rows, skipped, tokens = _windows(model, tokenizer, text, asked)
     if dense is not None and dense.tokenizer is not None:
@@ -161,9 +158,7 @@ def perplexity_of_windows(
 ) -> PerplexityResult:
     """Return the perplexity on token windows, int64 of shape (windows, window); see `perplexity`.
 
-    Args:
-        text: names where they are from.
-        skipped: tokens at the start of a window that are not predicted.
+    The first ``skipped`` tokens of a window are not predicted.
     """
     window, vocabulary = rows.shape[1], embedding_rows(model)
     check_tokens(model, int(rows.max()))
@@ -195,7 +190,7 @@ def perplexity_of_windows(
 
 
 class _Shared(dict[bytes, torch.Tensor]):
-    """What copies of a module hold together, of which each run of a streamed model has one."""
+    """A dictionary that copies of a module share."""
 
     def __deepcopy__(self, _: Any) -> _Shared:
         return self
@@ -204,9 +199,8 @@ class _Shared(dict[bytes, torch.Tensor]):
 class Remembered(nn.Module):
     """A model that runs once on each batch, to compare several models with it.
 
-    Of a batch that it has seen, its output embedding gives the logits of the hidden states, which
-    are kept: the same to the last bit. A model that does something else with what its output
-    embedding gives, such as to cap it, also in place, runs anew.
+    It keeps the hidden states of a batch and computes the logits anew from them: the same to the
+    last bit. A model that changes what its output embedding gives, such as to cap it, runs anew.
     """
 
     def __init__(self, model: Any) -> None:
@@ -239,7 +233,7 @@ class Remembered(nn.Module):
         return found
 
     def get_input_embeddings(self) -> Any:
-        """Return the model's, whose width says what a run of it takes."""
+        """Return the model's."""
         return self.model.get_input_embeddings()
 
 
@@ -264,8 +258,7 @@ def _windows(
     asked: PerplexitySettings,
     option: str | None = "seq_len",
 ) -> tuple[torch.Tensor, int, int]:
-    """Return the windows, int64 of shape (windows, window), how many tokens of each are not
-    predicted, and the tokens of the whole text."""
+    """Return windows (windows, window), tokens of each not predicted, tokens of the whole text."""
     window, special = _window_length(model, asked, option), asked.protocol == "paper"
     prefix = () if special else added_tokens(tokenizer)[0]
     encoded = tokenizer(text.text, add_special_tokens=special, verbose=False)["input_ids"]
@@ -276,9 +269,9 @@ def _windows(
         why = "max_tokens is too small" if len(encoded) >= fresh else "the text is too short"
         most = len(ids) + len(prefix)
         shorter = f"{option} {most} or less, or " if option and most > 1 else ""
-        advice = f"use {shorter}more text"
         raise UserError(
-            f"{text.name} gives {len(ids)} tokens and one window needs {fresh}: {why}; {advice}"
+            f"{text.name} gives {len(ids)} tokens and one window needs {fresh}: {why}; use "
+            f"{shorter}more text"
         )
     head = torch.tensor(prefix, dtype=torch.int64, device="cpu").expand(count, len(prefix))
     added = sum(map(len, added_tokens(tokenizer))) if special else 0
@@ -295,10 +288,7 @@ def _losses(
     skipped: int,
     batch_size: int,
 ) -> Iterator[torch.Tensor]:
-    """Yield, of each window of a batch, the summed loss and what ``compare`` finds; on the CPU.
-
-    Streamed models run on several batches in step.
-    """
+    """Yield per batch what ``_sums`` returns; streamed models run on several batches in step."""
     networks = [model] if dense is None else [model, dense.model]
     with ExitStack() as stack:
         for network in networks:
@@ -340,20 +330,15 @@ def _sums(
     dense: LoadedModel | None,
     network: Any,
 ) -> torch.Tensor:
-    """Return what ``_losses`` yields of a batch, beside the dense model's logits.
+    """Return the summed loss of each window and what ``compare`` finds beside the dense logits.
 
-    ``first``: number of the first window, of how many ``name`` says, and of what.
+    ``first``: number of the first window; ``name`` says of how many and of which text.
     """
     logits = _logits(batch, network)
     if dense is not None and other is not None and logits.shape != other.shape:
         raise UserError(
             f"{dense.name} predicts {other.shape[-1]} tokens and the model {logits.shape[-1]}, "
             f"{_NOT_COMPARED}"
-        )
-    if logits.shape[1] != batch.shape[1]:
-        raise UserError(
-            f"the model gives logits for {logits.shape[1]} of the {batch.shape[1]} tokens of a "
-            "window; use shorter windows (--set seq_len)"
         )
     found = []
     for index, target in enumerate(batch.to(logits.device)):

@@ -17,7 +17,7 @@ from transformers import __version__ as transformers_version
 from transformers.utils.hub import cached_file
 
 from llm_pruner.data.text import name_of_part
-from llm_pruner.files.disk import json_object, read_json
+from llm_pruner.files.disk import json_object
 from llm_pruner.files.outputs import RECOVERY_FILE, write_output
 from llm_pruner.models.checkpoint_files import local_path, name_of, records_of, weight_names
 from llm_pruner.settings.common import CALIBRATION, ModelSettings
@@ -57,12 +57,13 @@ def identify(model: ModelSettings) -> ModelIdentity | None:
 def key(identity: ModelIdentity, model: ModelSettings, **settings: Any) -> str:
     """Return the hash that names a result of this model under these settings."""
     auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = auto if model.device == "auto" else model.device.partition(":")[0]
     parts = {
         "format": _FORMAT,
         "model": identity.content,
         "dtype": model.dtype,
         "code": model.trust_remote_code,
-        "device": auto if model.device == "auto" else model.device.partition(":")[0],
+        "device": device,
         "llm_pruner": __version__,
         "torch": str(torch.__version__),
         "transformers": transformers_version,
@@ -105,30 +106,18 @@ _FAMILY = re.compile("(?:^|/)(wikitext|ptb|penn[_-]treebank|c4|bookcorpus)")
 
 def calibration_sources(folder: Path) -> list[str]:
     """Return what a model was calibrated on, by its plan and, of a replay's refit, its report."""
-
-    def of_plan() -> Any:
-        plan = read_json(folder / "plan.json")
-        settings = plan.get("settings", {})  # of earlier versions: calibration
-        return settings["calibration"] if settings else plan["calibration"]["source"]
-
-    found: list[str] = []
-
-    def of_report() -> Any:
-        return read_json(folder / "report.json")["settings"][CALIBRATION]["calibration"]
-
-    for read in (of_plan, of_report):
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            found += str(read()).split(",")
-    return list(dict.fromkeys(found))
+    settings = (
+        json_object(folder / "plan.json").get("settings", {}),
+        json_object(folder / "report.json").get("settings", {}).get(CALIBRATION, {}),
+    )
+    found = [part for one in settings for part in str(one.get("calibration") or "").split(",")]
+    return list(dict.fromkeys(filter(None, found)))
 
 
 def training_sources(folder: Path) -> list[str]:
     """Return the names of what the model in a recovered folder was trained on."""
-    try:
-        recovery = read_json(folder / RECOVERY_FILE)
-        return [str(one["name"]) for one in recovery["sources"] if recovery["gained"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    recovery = json_object(folder / RECOVERY_FILE)
+    return [str(one["name"]) for one in recovery.get("sources", ()) if recovery["gained"]]
 
 
 def shared_corpora(model: str, sources: Collection[str], revision: str | None = None) -> list[str]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from llm_pruner.errors import LLMPrunerError, UserError
 
@@ -39,26 +38,6 @@ _FILES = {task: file for task, (_, file) in _TASKS.items()} | {"gsm8k_cot": "gsm
 _DATA = ("dataset_path", "dataset_name", "dataset_kwargs", "tag")
 _SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
 
-READER = "offline_data"
-"""Name of the module that is written beside task files."""
-
-READER_SOURCE = '''\
-"""Reads the records beside this file; written by llm-pruner."""
-
-import json
-from pathlib import Path
-
-import datasets
-
-
-def load(local_file, local_split, **_):
-    """Return the records of a file as the only split."""
-    path = Path(__file__).parent / local_file
-    with path.open(encoding="utf-8") as lines:
-        records = [json.loads(line) for line in lines]
-    return {local_split: datasets.Dataset.from_list(records)}
-'''
-
 
 def require_harness() -> None:
     """Raise UserError if lm-evaluation-harness is not installed."""
@@ -80,25 +59,6 @@ def definition_file(task: str) -> Path | None:
 def local_definition(task: str, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the harness's definition of a task for these records; LLMPrunerError if it moved."""
     from datasets import Dataset
-
-    definition, split = _without_data(task, resolve=True)
-
-    def load(**_: Any) -> dict[str, Dataset]:
-        return {split: Dataset.from_list([dict(record) for record in records])}
-
-    return definition | {"custom_dataset": load}
-
-
-def definition_text(task: str, records_file: str) -> str:
-    """Return the same as YAML, which reads ``records_file`` beside it with ``READER``."""
-    definition, split = _without_data(task, resolve=False)
-    definition["custom_dataset"] = _Function(f"{READER}.load")
-    definition["dataset_kwargs"] = {"local_file": records_file, "local_split": split}
-    return yaml.safe_dump(definition, sort_keys=False, allow_unicode=True, width=100)
-
-
-def _without_data(task: str, *, resolve: bool) -> tuple[dict[str, Any], str]:
-    """Return a definition without its dataset, and the name of the split that is evaluated."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     file = definition_file(task)
@@ -107,38 +67,21 @@ def _without_data(task: str, *, resolve: bool) -> tuple[dict[str, Any], str]:
             f"the installed lm-eval has no {_FILES[task]}, which defines {task}; "
             "install the version that llm-pruner asks for: pip install 'llm-pruner[eval]'"
         )
-    definition = load_yaml(file, resolve_func=resolve)
-    split = definition.get("test_split") or definition["validation_split"]
-    kept = {key: value for key, value in definition.items() if key not in (*_DATA, *_SPLITS)}
-    kept["test_split" if definition.get("test_split") else "validation_split"] = split
-    if not resolve:
-        kept = {key: _as_function(value) for key, value in kept.items()}
-    return kept, split
+    whole = load_yaml(file, resolve_func=True)
+    kind = "test_split" if whole.get("test_split") else "validation_split"
+    split = whole[kind]
+    own = {key: value for key, value in whole.items() if key not in (*_DATA, *_SPLITS)}
 
+    def load(**_: Any) -> dict[str, Dataset]:
+        return {split: Dataset.from_list([dict(record) for record in records])}
 
-class _Function(str):
-    """A dotted name that YAML marks with ``!function``."""
-
-    __slots__ = ()
-
-
-yaml.SafeDumper.add_representer(
-    _Function, lambda dumper, value: dumper.represent_scalar("!function", str(value))
-)
-
-
-def _as_function(value: Any) -> Any:
-    """Turn a path into the harness, which its loader makes of ``!function``, into a module name."""
-    folder = f"{_tasks_folder()}/"
-    if isinstance(value, str) and value.startswith(folder):
-        return _Function("lm_eval.tasks." + value.removeprefix(folder).replace("/", "."))
-    return value
+    return own | {kind: split, "custom_dataset": load}
 
 
 def _tasks_folder() -> Path:
     spec = find_spec("lm_eval")
-    if spec is None or spec.origin is None:
-        raise UserError("lm-evaluation-harness is not installed")
+    assert spec is not None
+    assert spec.origin is not None
     return Path(spec.origin).parent / "tasks"
 
 
@@ -226,10 +169,9 @@ class Kept:
             None where the dense model is no better than chance.
         value: r, the same of the means over these tasks; None likewise.
         stderr: its standard error, that of the mean of a - r d over the documents, by the mean of
-            d - chance; a and d taken as independent where answers to the same documents are not
-            known, which is more. None where an error is unknown.
+            d - chance; None where answers to the same documents are not known.
         flips: share of documents that one of both answers right and the other wrong, the mean over
-            the tasks (arXiv 2407.09141); None where answers to the same documents are not known.
+            the tasks (arXiv 2407.09141); None likewise.
         flips_stderr: its standard error.
     """
 
@@ -251,49 +193,38 @@ def kept(model: Sequence[TaskResult], dense: Sequence[TaskResult], against: str)
     }
     if not pairs:
         return None
+
+    def quotient(part: float, whole: float) -> float | None:
+        return part / whole if whole > 0 else None
+
     above = {
-        task: [_measured(one).value - CHANCE[task] for one in pair] for task, pair in pairs.items()
+        task: [one.metrics[str(one.paper_metric)].value - CHANCE[task] for one in pair]
+        for task, pair in pairs.items()
     }
     whole = sum(of for _, of in above.values())
-    value = _quotient(sum(part for part, _ in above.values()), whole)
-    errors = [] if value is None else [_difference_error(*each, value) for each in pairs.values()]
-    answers = [both for each in pairs.values() if (both := _both_right(*each)) is not None]
-    flips = [own != other for own, other in answers] if len(answers) == len(pairs) else []
+    value = quotient(sum(part for part, _ in above.values()), whole)
+    answers = [_both_right(*pair) for pair in pairs.values()]
+    rows = [both for both in answers if both is not None]
+    told = len(rows) == len(pairs)
+    flips = [own != other for own, other in rows] if told else []
+    ratios = [own - value * other for own, other in rows] if told and value is not None else []
     return Kept(
         against=against,
-        tasks={task: _quotient(*each) for task, each in above.items()},
+        tasks={task: quotient(*each) for task, each in above.items()},
         value=value,
-        stderr=None if not errors or None in errors else math.hypot(*filter(None, errors)) / whole,
+        stderr=math.hypot(*map(_mean_error, ratios)) / whole if ratios else None,
         flips=float(np.mean([one.mean() for one in flips])) if flips else None,
         flips_stderr=math.hypot(*map(_mean_error, flips)) / len(flips) if flips else None,
     )
 
 
-def _measured(result: TaskResult) -> MetricResult:
-    return result.metrics[str(result.paper_metric)]
-
-
 def _both_right(model: TaskResult, dense: TaskResult) -> np.ndarray | None:
     """Return which documents each of two answers right, (2, documents); None if not of the same."""
-    rows = (model.right, dense.right)
-    if None in rows or model.digest != dense.digest or model.paper_metric != dense.paper_metric:
+    if model.right is None or dense.right is None or model.digest != dense.digest:
         return None
-    both = [np.array([*map(int, str(row))], dtype=float) for row in rows]
-    return np.stack(both) if both[0].shape == both[1].shape and len(both[0]) > 1 else None
-
-
-def _difference_error(model: TaskResult, dense: TaskResult, share: float) -> float | None:
-    """Return the standard error of a - share d, for the accuracies a and d of two models."""
-    both = _both_right(model, dense)
-    if both is not None:
-        return _mean_error(both[0] - share * both[1])
-    a, d = (_measured(one).stderr for one in (model, dense))
-    return None if a is None or d is None else math.hypot(a, share * d)
+    both = np.array([[*map(int, row)] for row in (model.right, dense.right)], dtype=np.float64)
+    return both if both.shape[1] > 1 else None
 
 
 def _mean_error(values: np.ndarray) -> float:
     return float(np.std(values, ddof=1) / math.sqrt(len(values)))
-
-
-def _quotient(part: float, whole: float) -> float | None:
-    return part / whole if whole > 0 else None

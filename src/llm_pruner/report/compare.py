@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from markupsafe import Markup
-from pydantic import BaseModel
-
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation.footprint import model_size
-from llm_pruner.files.disk import expanded, json_object
-from llm_pruner.models.checkpoint_files import name_of, stored_size
-from llm_pruner.models.load import load_model
-from llm_pruner.planning import read_plan
-from llm_pruner.report import figures, view
-from llm_pruner.report.data import JSON_FILE, Evaluation, Report, Source, Variant, read_report
-from llm_pruner.report.facts import criterion_in_words, settings_of
+from llm_pruner.files.disk import expanded
+from llm_pruner.models.checkpoint_files import name_of
+from llm_pruner.report import view
+from llm_pruner.report.data import Evaluation, Report, Result, Variant, report_in
 from llm_pruner.report.text import count, markdown, megabytes, percent
-from llm_pruner.report.write import page
 from llm_pruner.types import Size
 
 Subject = Literal["size", "how", "perplexity", "accuracy", "measured"]
-
-_PLAN, _CONFIG = "plan.json", "config.json"
 
 
 @dataclass(frozen=True)
@@ -37,29 +26,19 @@ class Entry:
     report: Report
     variant: Variant
 
-    @property
-    def found(self) -> Evaluation:
-        """What was measured of it."""
-        return self.report.evaluations.get(self.variant, Evaluation())
 
-
-class Compared(Evaluation):
-    """One model of a comparison, with all that was measured of it.
-
-    Attributes:
-        source: name of the dense model.
-        removed: share of the parameters that was removed, if known.
-        units: what was removed, in words; None of the dense model.
-        chosen_by: how units were chosen, in words; None of the dense model.
-    """
+@dataclass(frozen=True)
+class Compared:
+    """One model of a comparison; ``removed`` is a share of the parameters, if known."""
 
     label: str
     source: str
     variant: Variant
     size: Size | None
     removed: float | None
-    units: str | None
-    chosen_by: str | None
+    units: str
+    chosen_by: str
+    found: Evaluation
 
 
 @dataclass(frozen=True)
@@ -80,11 +59,12 @@ class Column:
     text: bool = False
 
 
-class Comparison(BaseModel):
+@dataclass(frozen=True)
+class Comparison:
     """Models beside each other."""
 
-    format_version: Literal[1] = 1
     models: tuple[Compared, ...]
+    format_version: int = 2
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -105,135 +85,81 @@ class Comparison(BaseModel):
 
 
 def compare_folders(named: Sequence[str]) -> Comparison:
-    """Return a comparison of checkpoints, ``DIR`` or ``NAME=DIR``; UserError if one is none.
-
-    A folder that ``prune`` wrote brings its report. Of others the bytes are read from the headers
-    of weights, and how it was pruned from ``plan.json``, if there is one.
-    """
-    entries = [_entry(*_label(text)) for text in named]
+    """Compare folders with reports, ``DIR`` or ``NAME=DIR``; UserError if one has none."""
+    entries = []
+    for label, folder in map(_label, named):
+        report = report_in(folder)
+        entries.append(Entry(label, report, report.final))
     labels = [entry.label for entry in entries]
-    twice = next((label for label in labels if labels.count(label) > 1), None)
-    if twice is not None:
-        raise UserError(f"two models are called {twice!r}; tell them apart with NAME=DIR")
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise UserError(f"two models are called {twice[0]!r}; tell them apart with NAME=DIR")
     return compare(entries)
 
 
 def _label(text: str) -> tuple[str, Path]:
-    """Return the name and the folder; a folder whose own name has an equals sign is a folder."""
-    name, sign, folder = text.partition("=")
-    path = expanded(text)
-    if sign and name and not path.is_dir():
-        path = expanded(folder)
-    else:
-        name = name_of(path)
+    name, _, folder = text.rpartition("=")
+    path = expanded(folder)
     if not path.is_dir():
         raise UserError(f"{path} is no folder; name checkpoints that llm-pruner prune wrote")
-    return name, path
-
-
-def _entry(label: str, folder: Path) -> Entry:
-    if (folder / JSON_FILE).is_file():
-        report = read_report(folder / JSON_FILE)
-        return Entry(label, report, report.final)
-    if not (folder / _CONFIG).is_file():
-        raise UserError(
-            f"{folder} has neither {JSON_FILE} nor {_CONFIG}, so it is no checkpoint; "
-            "name folders that llm-pruner prune wrote"
-        )
-    stored = stored_size(str(folder), None, "auto")
-    if stored is None:
-        raise UserError(f"{folder} has no safetensors; name folders that llm-pruner prune wrote")
-    size = Size(total=_parameters(folder, stored[0] or 0), bytes=stored[1])
-    if not (folder / _PLAN).is_file():
-        name = name_of(folder)
-        return Entry(label, Report(source=Source(name=name), sizes={"dense": size}), "dense")
-    plan = read_plan(folder / _PLAN)
-    report = Report(
-        source=Source(name=plan.model.name, revision=plan.model.revision),
-        sizes={"dense": Size(total=plan.model.parameters), "pruned": size},
-        criterion=criterion_in_words(plan),
-        settings=settings_of(plan, {}, {}, plan.text),
-    )
-    return Entry(label, report, "pruned")
-
-
-def _parameters(folder: Path, stored: int) -> int:
-    """Return the parameters of a checkpoint, tied ones once; 0 of packed ones, not known."""
-    config = json_object(folder / _CONFIG)
-    how = config.get("quantization_config")
-    ours = "pruned" in config or (isinstance(how, dict) and how.get("quant_method") == "llm_pruner")
-    if ours or how is not None:
-        return stored if ours else 0
-    try:
-        loaded = load_model(str(folder), weights=False, tokenizer_required=False)
-    except UserError:  # such as one with code of its own, which does not run here
-        return stored
-    return model_size(loaded.model).total
+    return name or name_of(path), path
 
 
 def compare(entries: Sequence[Entry]) -> Comparison:
     """Put models beside each other; the dense models that reports know of come first."""
     named = _with_dense(entries)
-    tokens_differ = any(entry.report.tokens for entry in entries) or _tokens_differ(named)
-    return Comparison(models=tuple(_compared(entry, tokens_differ) for entry in named))
+    found = [one.report.evaluations.get(one.variant, Evaluation()) for one in named]
+    by_bits = any(entry.report.tokens for entry in entries) or _tokens_differ(found)
+    hidden = "perplexity" if by_bits else "bits"
+    return Comparison(
+        tuple(
+            _compared(entry, tuple(one for one in of.results if one.part != hidden))
+            for entry, of in zip(named, found, strict=True)
+        )
+    )
 
 
-def _tokens_differ(entries: Sequence[Entry]) -> bool:
+def _tokens_differ(found: Sequence[Evaluation]) -> bool:
     """Whether one text, read alike, has other tokens for some of the models."""
-    texts = {
-        (text.text_digest, text.protocol, text.window, text.max_tokens, text.ids_digest)
-        for entry in entries
-        for text in entry.found.perplexity
-        if text.text_digest is not None
-    }
-    return len({text[:-1] for text in texts}) < len(texts)
+    texts: set[Any] = set()
+    alike: set[Any] = set()
+    for bits, of in ((one.of("bits"), one) for one in found):
+        names = {one.name for one in bits}
+        alike |= {one.key for one in bits}
+        texts |= {one.key for one in of.of("perplexity") if one.name in names}
+    return len(alike) < len(texts)
 
 
-def _compared(entry: Entry, tokens_differ: bool) -> Compared:
+def _compared(entry: Entry, results: tuple[Result, ...]) -> Compared:
     report, variant = entry.report, entry.variant
     dense, own, pruned = report.sizes.get("dense"), report.sizes.get(variant), variant != "dense"
     structures = report.settings.get("Where from", {}).get("structures") or ()
-    units = ", ".join(view.unit(str(name)) for name in structures)
-    found = entry.found
     return Compared(
         label=entry.label,
         source=report.source.name,
         variant=variant,
         size=own,
-        removed=1 - own.total / dense.total if pruned and own and own.total and dense else None,
-        units=units or None if pruned else None,
-        chosen_by=report.criterion if pruned else None,
-        **dict(found.per_byte() if tokens_differ else found),
+        removed=1 - own.total / dense.total if pruned and own and dense else None,
+        units=", ".join(map(view.unit, structures)) if pruned else "",
+        chosen_by=report.criterion or "" if pruned else "",
+        found=Evaluation(results=results),
     )
 
 
 def _with_dense(entries: Sequence[Entry]) -> list[Entry]:
     """Add the dense models of the reports, with all that the reports know of each."""
-    found: dict[tuple[str, int], Report] = {}
-    for report in (entry.report for entry in entries if "dense" in entry.report.sizes):
-        known = found.setdefault(_identity(report), report)
-        of_dense = report.evaluations.get("dense", Evaluation())
-        found[_identity(report)] = known.with_evaluation("dense", of_dense)
-    named = [
-        replace(one, report=found[_identity(one.report)]) if _is_dense(one) else one
-        for one in entries
+    found: dict[Any, Report] = {}
+    for entry in entries:
+        if "dense" in entry.report.sizes and entry.variant != "dense":
+            identity = entry.report.source.name, entry.report.sizes["dense"].total
+            known = found.setdefault(identity, entry.report)
+            of_dense = entry.report.evaluations.get("dense", Evaluation())
+            found[identity] = known.with_evaluation("dense", of_dense)
+    alone = len(found) == 1
+    dense = [
+        Entry("dense" if alone else f"{report.source.name}, dense", report, "dense")
+        for report in found.values()
     ]
-    asked = {_identity(one.report) for one in named if _is_dense(one)}
-    added = [
-        Entry("dense" if len(found) == 1 else f"{report.source.name}, dense", report, "dense")
-        for identity, report in found.items()
-        if identity not in asked
-    ]
-    return [*added, *named]
-
-
-def _is_dense(one: Entry) -> bool:
-    return one.variant == "dense" and "dense" in one.report.sizes  # earlier reports may lack it
-
-
-def _identity(report: Report) -> tuple[str, int]:
-    """Return what tells dense models apart."""
-    return report.source.name, report.sizes["dense"].total
+    return [*dense, *entries]
 
 
 def _of_the_models(models: Sequence[Compared]) -> Iterator[Column]:
@@ -242,7 +168,7 @@ def _of_the_models(models: Sequence[Compared]) -> Iterator[Column]:
     ) -> Column:
         return Column(subject, name, tuple(cell(one) or "" for one in models), text=text)
 
-    yield column("size", "parameters", lambda m: m.size and m.size.total and count(m.size.total))
+    yield column("size", "parameters", lambda m: m.size and count(m.size.total))
     yield column("size", "removed", lambda m: m.removed is not None and percent(m.removed))
     yield column("size", "weights", lambda m: m.size and m.size.bytes and megabytes(m.size.bytes))
     yield column("how", "units", lambda m: m.units, text=True)
@@ -250,79 +176,38 @@ def _of_the_models(models: Sequence[Compared]) -> Iterator[Column]:
 
 
 def _measured(models: Sequence[Compared]) -> Iterator[Column]:
-    by_place = dict(enumerate(models))
+    by_place = {place: model.found for place, model in enumerate(models)}
 
-    def aligned(part: str) -> list[tuple[Any, tuple[str, ...]]]:
-        return [
-            (view.first(by), tuple(str(by.get(place, "")) for place in by_place))
-            for by in view.aligned(by_place, part)
-        ]
-
-    def columns(subject: Subject, found: list[tuple[Any, tuple[str, ...]]]) -> Iterator[Column]:
-        names = [one.name for one, _ in found]
-        for one, cells in found:
-            alone = names.count(one.name) == 1
-            name, settings = (one.name, one.settings) if alone else (one.label, "")
+    def columns(subject: Subject, *parts: str) -> Iterator[Column]:
+        found = view.aligned(by_place, *parts)
+        titles = [view.first(by).title for by in found]
+        for by in found:
+            one = view.first(by)
+            alone = titles.count(one.title) == 1
+            name, settings = (one.title, one.settings) if alone else (one.label, "")
+            cells = tuple(str(by.get(place, "")) for place in by_place)
             yield Column(subject, name, cells, settings)
 
-    yield from columns("perplexity", aligned("perplexity"))
-    scores = aligned("tasks")
-    counted = {score.task for score, _ in scores if score.in_mean}
-    shown = [each for each in scores if each[0].in_mean or each[0].task not in counted]
-    yield from columns("accuracy", shown)
+    yield from columns("perplexity", "perplexity", "bits")
+    yield from columns("accuracy", "tasks")
     means = view.task_means(by_place)
     cells = tuple(f"{100 * means[place]:.1f}" if place in means else "" for place in by_place)
-    others = any(not score.in_mean for score, _ in shown)
-    of = "those of LLM-Pruner" if others else "the tasks above"
-    if sum(score.in_mean for score, _ in scores) > len(counted):
-        of = view.mean_takes(by_place)
-    yield Column("accuracy", "mean", cells, f"of {of}")
-    for measurement, cells in aligned("measurements"):
-        yield Column("measured", measurement.label, cells)
+    yield Column("accuracy", "mean", cells, "of those of LLM-Pruner")
+    yield from columns("measured", "measured")
 
 
 def render_markdown(found: Comparison) -> str:
-    """Return one table; what is the same for all pruned models is said below it."""
-    columns, notes = [], list(found.notes)
-    for column in found.columns:
-        values = {cell for cell in column.cells if cell}
-        if column.text and len(values) == 1:
-            notes.append(f"{column.name}: {values.pop()}")
-        else:
-            columns.append(column)
+    """Return one table; the settings are listed below it."""
+    columns = found.columns
     names = [("perplexity, " if c.subject == "perplexity" else "") + c.name for c in columns]
-    head = ["model", *map(markdown, names)]
-    marks = ["---", *("---" if column.text else "---:" for column in columns)]
-    rows = [
-        [markdown(label), *(markdown(column.cells[place]) or "–" for column in columns)]
-        for place, label in enumerate(found.labels)
+    lines = [
+        ["model", *map(markdown, names)],
+        ["---", *("---" if column.text else "---:" for column in columns)],
+        *(
+            [markdown(label), *(markdown(column.cells[place]) or "–" for column in columns)]
+            for place, label in enumerate(found.labels)
+        ),
     ]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in (head, marks, *rows))
-    below = "\n".join(f"- {markdown(note)}" for note in notes)
-    return f"{table}\n\n{below}\n" if below else f"{table}\n"
-
-
-def render_html(found: Comparison) -> str:
-    """Return one page that needs nothing else."""
-    plots, models = [], found.models
-    for number, by in enumerate(view.aligned(dict(enumerate(models)), "perplexity")):
-        rows: list[tuple[str, figures.Series]] = [
-            (models[place].label, [(models[place].variant, text.perplexity, text.stderr)])
-            for place, text in by.items()
-            if math.isfinite(text.perplexity)
-        ]
-        if rows:
-            title = f"perplexity, {view.first(by).name}"
-            drawing = figures.dots(f"perplexity{number}", title, rows, share=False)
-            plots.append((title, Markup(drawing)))
-    subjects: dict[str, list[Column]] = {}
-    for column in found.columns:
-        subjects.setdefault(column.subject, []).append(column)
-    return page(
-        "compare.html",
-        title=f"{len(models)} models compared",
-        labels=found.labels,
-        subjects=subjects,
-        plots=plots,
-        notes=found.notes,
-    )
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    below = "".join(f"- {markdown(note)}\n" for note in found.notes)
+    return f"{table}\n{below}" if below else table

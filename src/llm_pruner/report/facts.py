@@ -6,7 +6,6 @@ import math
 import os
 import platform
 import re
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -19,13 +18,12 @@ from llm_pruner.data.text import CHAT, PRUNED, SELF
 from llm_pruner.evaluation.perplexity import PerplexityResult
 from llm_pruner.evaluation.skills import Share, digest_of
 from llm_pruner.files.disk import expanded
-from llm_pruner.models.checkpoint_files import DEFAULT, local_path
+from llm_pruner.models.checkpoint_files import DEFAULT
 from llm_pruner.planning import Plan
 from llm_pruner.planning.constraints import removed_layers
 from llm_pruner.report import data
 from llm_pruner.report.records import (
     Abilities,
-    Control,
     Measured,
     Pruned,
     Recovered,
@@ -184,21 +182,13 @@ def versions() -> dict[str, str]:
     }
 
 
-_LICENCE = re.compile(rb"\x0f\0{7}general\.license\x08\0{3}(.{8})", re.DOTALL)
-_GENERAL = 2**16
-"""Bytes at the start of a GGUF file in which its general entries lie."""
-
-
 def licence_of(model: str, revision: str | None) -> str | None:
-    """Return the identifier of a model's licence, or None if no file at hand states it."""
+    """Return the licence that the model's card states, if the card is on this machine."""
     from huggingface_hub import ModelCard, try_to_load_from_cache
 
     try:
-        if model == DEFAULT or (model.endswith(".gguf") and not expanded(model).is_dir()):
-            return _gguf_licence(local_path(model))
-        folder = expanded(model)
-        card: Any = folder / data.CARD_FILE
-        if not folder.exists():
+        card: Any = expanded(model) / data.CARD_FILE
+        if not card.exists():
             card = try_to_load_from_cache(model, data.CARD_FILE, revision=revision)
         found = ModelCard.load(Path(card)).data.license
         return found if isinstance(found, str) else None
@@ -206,45 +196,73 @@ def licence_of(model: str, revision: str | None) -> str | None:
         return None
 
 
-def _gguf_licence(file: Path) -> str | None:
-    """Return what a GGUF file says among its general entries, which come first.
-
-    An entry is the length of its key, the key, a type and a value; that of a string is its length
-    and bytes, all numbers little-endian. The reader of the ``gguf`` package reads the whole
-    vocabulary as well, which takes seconds.
-    """
-    with file.open("rb") as stream:
-        found = _LICENCE.search(stream.read(_GENERAL))
-    if found is None:
-        return None
-    (length,) = struct.unpack("<Q", found[1])
-    return found.string[found.end() : found.end() + length].decode("utf-8", "replace")
-
-
 def evaluation_of(found: Measured | Abilities) -> data.Evaluation:
     """Return what was measured of one model as a part of its report."""
-    tasks = [] if found.zero_shot is None else [*_scores(found.zero_shot)]
-    parts: dict[str, Any] = {"tasks": tasks, "measurements": [*_shares(found)]}
-    if isinstance(found, Measured):
-        parts["measurements"] += _measurements(found)
-        parts |= {"perplexity": found.perplexity, "samples": found.samples}
-    return data.Evaluation.model_validate(parts)
+    results = [*_shares(found)]
+    if found.zero_shot is not None:
+        results += _scores(found.zero_shot)
+    if not isinstance(found, Measured):
+        return data.Evaluation(results=(*results,))
+    for text in found.perplexity:
+        results += _results_on(text, found.fingerprint_against)
+    results += _measurements(found)
+    return data.Evaluation(results=(*results,), samples=found.samples)
 
 
-def dense_evaluation(found: Measured, source: data.Source, size: Size | None) -> data.Evaluation:
-    """Return what was measured of the dense model (of this name, size, weights) beside another."""
-    name = source.name
+def on_texts(texts: Sequence[PerplexityResult]) -> data.Evaluation:
+    """Return what was measured of one model on texts alone."""
+    return data.Evaluation(results=tuple(one for text in texts for one in _results_on(text)))
+
+
+def _results_on(text: PerplexityResult, against: str | None = None) -> Iterator[data.Result]:
+    """Yield perplexity, bits a byte, and the divergence from a dense model with a fingerprint."""
+    name = text.corpus if text.split is None else f"{text.corpus}, {text.split}"
+    how = f"{text.protocol} protocol, windows of {text.window:,}"
+    kind = "" if text.dtype is None else f", {text.dtype}"
+    settings = f"{how}, {text.tokens:,} tokens{kind}"
+    common: dict[str, Any] = {"name": name, "settings": settings, "better": "lower"}
+    yield data.Result(
+        part="perplexity",
+        value=text.perplexity,
+        stderr=text.stderr,
+        of=text.ids_digest,
+        **common,
+    )
+    if text.bits_per_byte is not None:
+        # The number of tokens differs between models; the number that was asked for does not.
+        asked = "" if text.max_tokens is None else f", {text.max_tokens:,} tokens"
+        yield data.Result(
+            part="bits",
+            value=text.bits_per_byte,
+            unit="bits per byte",
+            of=text.text_digest,
+            **common | {"settings": f"{how}{asked}{kind}"},
+        )
+    if (far := text.divergence) is not None:
+        of = digest_of(text.ids_digest, against)
+        for what, unit, value, stderr in (
+            ("KL", "nats", far.kl, far.kl_stderr),
+            ("likeliest token changed", "%", far.changed, far.changed_stderr),
+        ):
+            common["name"] = f"{what} against {far.against}, {name}"
+            yield data.Result(
+                part="measured", value=value, stderr=stderr, unit=unit, of=of, **common
+            )
+
+
+def dense_evaluation(found: Measured, report: data.Report) -> data.Evaluation | None:
+    """Return what was measured of the dense model beside another one; None of any other model."""
+    dense, name = report.sizes.get("dense"), report.source.name
     if (
-        size is None
-        or size.total != found.parameters_against
-        or source.fingerprint not in (None, found.fingerprint_against)
+        dense is None
+        or dense.total != found.parameters_against
+        or report.source.fingerprint not in (None, found.fingerprint_against)
+        or against(found) != name
     ):
-        return data.Evaluation()
-    texts = [one for one in found.perplexity if one.divergence and one.divergence.against == name]
-    beside = data.Evaluation.model_validate({"perplexity": [one.dense for one in texts]})
-    if found.dense is None or found.dense.model != name:
-        return beside
-    return beside.with_newer(evaluation_of(found.dense))
+        return None
+    texts = [one.dense for one in found.perplexity if one.dense]
+    beside = on_texts(texts)
+    return beside if found.dense is None else beside.with_newer(evaluation_of(found.dense))
 
 
 def against(found: Measured) -> str | None:
@@ -253,101 +271,91 @@ def against(found: Measured) -> str | None:
     return next(iter(names), None if found.dense is None else found.dense.model)
 
 
-def shares(found: Measured | Abilities) -> Iterator[tuple[str, Share, str | None]]:
-    """Yield the shares that tell of skills and of long answers: what each is of, it, and the digest
-    of what the model was asked.
+def shares(found: Measured | Abilities) -> Iterator[tuple[str, str, Share, str | None]]:
+    """Yield for each skill and each fault of long answers: its name, how it was measured, the share
+    and the digest of the prompts.
     """
     for skill in found.skills:
-        name = f"{skill.name} {skill.metric}, {skill.solved.count} of {skill.total} problems"
-        yield name, skill.solved, skill.digest
+        of = f"{skill.solved.count} of {skill.total} problems"
+        yield f"{skill.name} {skill.metric}", of, skill.solved, skill.digest
     if (long := found.health) is not None:
-        of = f"answers of {long.new_tokens} tokens, {long.looping.count} prompts, {long.prompts}"
-        yield f"looping {of}", long.looping, long.digest
-        yield f"endless {of}", long.endless, long.digest
+        of = f"{long.new_tokens} tokens, {long.looping.count} prompts, {long.prompts}"
+        yield "looping answers", of, long.looping, long.digest
+        yield "endless answers", of, long.endless, long.digest
 
 
-def _shares(found: Measured | Abilities) -> Iterator[data.Measurement]:
-    """Yield skills, health and what is kept above chance, each with its standard error around."""
-    skills = len(found.skills)
-    for number, (name, one, of) in enumerate(shares(found)):
-        yield _between(name, "share", one.value, one.stderr, number < skills, of)
-    if isinstance(found, Measured) and (kept := found.kept):
-        results = () if found.zero_shot is None else found.zero_shot.tasks
-        counted = [result for result in results if result.task in kept.tasks]
-        items = sum(result.documents for result in counted)
-        tasks = f"{', '.join(kept.tasks)} ({items:,} items)"
-        kind = None if found.zero_shot is None else found.zero_shot.dtype
-        of = digest_of([result.digest for result in counted], kind, found.fingerprint_against)
-        beside = f"against {kept.against}, {tasks}"
-        if kept.value is not None:
-            name = f"accuracy above chance kept {beside}"
-            yield _between(name, "share", kept.value, kept.stderr, True, of)
-        if kept.flips is not None:
-            name = f"answered right by one of both alone (flips) {beside}"
-            yield _between(name, "share", kept.flips, kept.flips_stderr, False, of)
+def _shares(found: Measured | Abilities) -> Iterator[data.Result]:
+    """Yield skills, health and what is kept above chance."""
+
+    def result(
+        name: str, settings: str, value: float, stderr: float | None, of: str | None, more: bool
+    ) -> data.Result:
+        return data.Result(
+            part="measured",
+            name=name,
+            settings=settings,
+            value=value,
+            stderr=stderr,
+            unit="%",
+            better="higher" if more else "lower",
+            of=of,
+        )
+
+    for number, (name, how, one, of) in enumerate(shares(found)):
+        yield result(name, how, one.value, one.stderr, of, number < len(found.skills))
+    if isinstance(found, Measured) and found.zero_shot and (kept := found.kept):
+        counted = [one for one in found.zero_shot.tasks if one.task in kept.tasks]
+        items = sum(one.documents for one in counted)
+        how = f"{', '.join(kept.tasks)}: {items:,} items"
+        digests = [one.digest for one in counted]
+        of = digest_of(digests, found.zero_shot.dtype, found.fingerprint_against)
+        for name, value, stderr, more in (
+            ("accuracy above chance kept", kept.value, kept.stderr, True),
+            ("answered right by one of both alone (flips)", kept.flips, kept.flips_stderr, False),
+        ):
+            if value is not None:
+                yield result(f"{name} against {kept.against}", how, value, stderr, of, more)
 
 
-def _between(
-    name: str, unit: str, value: float, error: float | None, higher: bool, of: str | None = None
-) -> data.Measurement:
-    return data.Measurement(
-        name=name,
-        unit=unit,
-        value=value,
-        low=None if error is None else value - error,
-        high=None if error is None else value + error,
-        better="higher" if higher else "lower",
-        of=of,
-    )
-
-
-def _scores(found: ZeroShot) -> Iterator[data.TaskScore]:
-    """Yield the metrics of each task that are shares of which more is better, such as ``acc``."""
-    for result in found.tasks:
-        for name, metric in result.metrics.items():
-            if metric.higher_is_better is not False and 0 <= metric.value <= 1:
-                yield data.TaskScore(
-                    task=result.task,
-                    metric=name,
+def _scores(found: ZeroShot) -> Iterator[data.Result]:
+    """Yield the paper's metric of its tasks; of others all shares of which more is better."""
+    for task in found.tasks:
+        shots = f", {task.num_fewshot} shots" if task.num_fewshot else ""
+        for name, metric in task.metrics.items():
+            share = metric.higher_is_better is not False and 0 <= metric.value <= 1
+            if task.paper_metric == name if task.paper_metric in task.metrics else share:
+                yield data.Result(
+                    part="tasks",
+                    name=f"{task.task}, {name}",
+                    settings=f"{task.documents:,} items{shots}, {found.dtype}",
                     value=metric.value,
                     stderr=metric.stderr,
-                    items=result.documents,
-                    in_mean=name == result.paper_metric,
-                    version=result.version,
-                    shots=result.num_fewshot,
-                    digest=result.digest,
-                    dtype=found.dtype,
+                    unit="%",
+                    better="higher",
+                    of=f"{task.version} {task.digest}",
+                    in_mean=name == task.paper_metric,
                 )
 
 
-def _measurements(found: Measured) -> Iterator[data.Measurement]:
-    """Yield the size of the weights, the divergence with its standard error around it, and the
-    speeds with their slowest and fastest round.
-    """
+def _measurements(found: Measured) -> Iterator[data.Result]:
+    """Yield the size of the weights, and the speeds with their slowest and fastest round."""
     if isinstance(found, Weighed) and found.bytes:
-        yield data.Measurement(name="size on disk", unit="B", value=found.bytes, better="lower")
-    for text in found.perplexity:
-        if (far := text.divergence) is not None:
-            on = data.Perplexity.model_validate(text).label
-            of = digest_of(text.ids_digest, found.fingerprint_against)
-            for name, unit, value, error in (
-                ("KL", "nats", far.kl, far.kl_stderr),
-                ("likeliest token changed", "share", far.changed, far.changed_stderr),
-            ):
-                name = f"{name} against {far.against}, {on}"
-                yield _between(name, unit, value, error, False, of)
-    speed = found.speed
-    if speed is None:
+        yield data.Result(
+            part="measured", name="size on disk", unit="B", value=found.bytes, better="lower"
+        )
+    if (speed := found.speed) is None:
         return
     where = "" if speed.threads is None else f", {speed.threads} threads"
-    how = "" if speed.dtype is None else f", {speed.dtype}, {speed.device}{where}"
     for stage, tokens, rate, rounds in (
         ("prefill", speed.prompt_tokens, speed.prefill_tokens_per_second, speed.prefill_seconds),
         ("decode", speed.new_tokens, speed.decode_tokens_per_second, speed.decode_seconds),
     ):
         read = tokens * speed.batch_size
-        yield data.Measurement(
-            name=f"{stage} ({tokens} tokens, batch {speed.batch_size}{how})",
+        yield data.Result(
+            part="measured",
+            name=stage,
+            settings=f"{tokens} tokens, batch {speed.batch_size}, {speed.dtype}, {speed.device}"
+            + where,
             unit="tokens/s",
             value=rate,
             low=read / max(rounds) if len(rounds) > 1 else None,
@@ -370,27 +378,28 @@ def recovery_report(
     That is left as it is if the model was recovered before and it brought no gain. ``source`` and
     ``pruned`` say what it does not; ``size`` is the model's.
     """
+    came: data.Variant = "pruned" if pruned else "dense"
+    before: data.Variant | None = came
     if earlier is None:
-        came: data.Variant = "pruned" if pruned else "dense"
-        before: data.Variant | None = came
         earlier = data.Report(source=source, sizes={came: size})
     else:
-        # What trained a model that was trained already starts from no model of the three.
+        # A second training starts from none of the models that a report has.
         before = None if earlier.final == "recovered" else earlier.final
     trained: dict[str, Any] = {}
     if done.gained or earlier.final != "recovered":  # else the model is what an earlier one left
-        kept = {name: of for name, of in earlier.sizes.items() if name != "recovered"}
+        sizes, found = (
+            {name: one for name, one in of.items() if name != "recovered"}
+            for of in (earlier.sizes, earlier.evaluations)
+        )
         trained = {
-            "sizes": kept | ({"recovered": size} if done.gained else {}),
-            "evaluations": {
-                name: of for name, of in earlier.evaluations.items() if name != "recovered"
-            },
+            "sizes": sizes | ({"recovered": size} if done.gained else {}),
+            "evaluations": found,
             "recovery": data.Recovery(
                 loss=_course(done),
                 seconds=done.seconds,
                 summary=_in_words(done),
                 gained=done.gained,
-                control=control_of(done.control),
+                control=() if done.control is None else done.control.texts,
             ),
             "settings": {**earlier.settings, "Recovery": spaced(done.settings)},
             "seconds": {**earlier.seconds, "training": done.seconds},
@@ -405,47 +414,26 @@ def recovery_report(
             "card_digest": None,
         }
     )
-    if done.perplexity:
-        old, new = zip(*((one.before, one.after) for one in done.perplexity), strict=True)
-        found_of: dict[data.Variant | None, Any] = {before: old}
-        if done.gained or before is None:  # else it is the model that came in
-            found_of[report.final] = new
-        for variant, found in found_of.items():
-            if variant is not None:
-                measured = data.Evaluation.model_validate({"perplexity": found})
-                report = report.with_evaluation(variant, measured)
+    measured: dict[data.Variant | None, Any] = {before: [one.before for one in done.perplexity]}
+    if done.gained or before is None:  # else the model is the one that came in
+        measured[report.final] = [one.after for one in done.perplexity]
+    for variant, texts in measured.items():
+        if variant is not None and texts:
+            report = report.with_evaluation(variant, on_texts(texts))
     return report
-
-
-def control_of(control: Control | None) -> tuple[data.ControlText, ...]:
-    """Return the control on each text, for a page or a table."""
-    texts = () if control is None else control.texts
-    return tuple(
-        data.ControlText(
-            text=f"{text.dense.corpus}, {text.dense.tokens:,} tokens",
-            rows=tuple(_control_row(name, found) for name, found in text.rows.items()),
-            damage=text.damage,
-        )
-        for text in texts
-    )
-
-
-def _control_row(name: str, found: PerplexityResult) -> data.ControlRow:
-    far = found.divergence
-    of = {} if far is None else {"kl": far.kl, "kl_stderr": far.kl_stderr, "changed": far.changed}
-    return data.ControlRow(model=name, perplexity=found.perplexity, stderr=found.stderr, **of)
 
 
 def _course(done: Recovered) -> tuple[data.LossPoint, ...]:
     """Return the loss of each step and each score of the held-out samples, by step."""
     train = dict(enumerate(done.losses, start=1))
     held_out = {one.step: one.loss for one in done.evaluations}
-    return tuple(
-        data.LossPoint(
-            step=step, train=_known(train.get(step)), validation=_known(held_out.get(step))
-        )
-        for step in sorted({*train, *held_out})
-    )
+
+    def known(loss: float | None) -> float | None:
+        return loss if loss is not None and math.isfinite(loss) else None
+
+    steps = sorted({*train, *held_out})
+    points = ((step, known(train.get(step)), known(held_out.get(step))) for step in steps)
+    return tuple(data.LossPoint(step=n, train=own, validation=other) for n, own, other in points)
 
 
 def _in_words(done: Recovered) -> str:
@@ -463,7 +451,3 @@ def _in_words(done: Recovered) -> str:
         whose = "its" if SELF in {one.name for one in done.sources} else f"{teacher}'s"
         said += f", with {whose} predictions as the aim"
     return said
-
-
-def _known(loss: float | None) -> float | None:
-    return loss if loss is not None and math.isfinite(loss) else None

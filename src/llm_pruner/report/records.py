@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
 from pydantic import BeforeValidator
 from pydantic_core import to_jsonable_python
@@ -17,10 +17,18 @@ from llm_pruner.evaluation.perplexity import PerplexityResult
 from llm_pruner.evaluation.skills import Skill
 from llm_pruner.evaluation.speed import Speed
 from llm_pruner.evaluation.zero_shot import Kept, Mean, TaskResult
-from llm_pruner.report.data import SavedAs, Variant
+from llm_pruner.report.text import measured, percent
 from llm_pruner.types import Layer, SplitTrial
 
 T = TypeVar("T")
+
+Variant = Literal["dense", "trimmed", "pruned", "recovered", "quantized"]
+"""The model before, without some of its tokens, after removing units, after training what was left,
+and with packed weights."""
+
+SavedAs = Literal["stock", "remote_code", "recipe"]
+"""``stock`` if a plain config describes a checkpoint, ``remote_code`` if its folder holds code that
+does, and ``recipe`` if only this package reads it."""
 
 Loss: TypeAlias = Annotated[float, BeforeValidator(lambda of: math.inf if of is None else of)]
 """In nats for each target token; JSON has no number for what is infinite."""
@@ -41,22 +49,15 @@ class Pruned:
     """What a run of ``prune`` did.
 
     Attributes:
-        parameters_before, parameters_after: all of them, tied ones once.
-        ratio: share that was removed.
+        ratio: share of all parameters that was removed.
         twin_difference: largest difference of logits from the masked dense model; None if they were
             not compared.
-        twin_scenes: on what both were run.
-        twin_skipped: on what the dense model gives no result to compare.
-        seconds: by stage.
-        round_to: channels are kept in multiples of this; None where a plan that is replayed says
-            for what they are.
+        twin_scenes, twin_skipped: on what both were run, and on what the dense model does not run.
+        round_to: channels are kept in multiples of this; None of a plan that is replayed.
         refitted: what compensation did to each consumer, all steps.
-        repair: how training by what the dense model says went, with the divergence from it on
-            held-out text before and after, in nats; None without.
         path: the folder or the plan file that was written.
-        saved_as: how the checkpoint loads; None if nothing was saved.
         needs: what loading the folder needs besides transformers, such as ``import llm_pruner``.
-        report: the page that shows all this; None if none was written.
+        bytes, saved_as, report: None of a plan alone.
     """
 
     model: str
@@ -81,13 +82,11 @@ class Pruned:
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """Results of all tasks with what a reader needs to compare them.
+    """Results of tasks and groups.
 
     Attributes:
-        tasks: one for each task, and for each group with a result of its own.
-        mean: over the paper's seven tasks, or None if one is missing.
-        mean_without_boolq: over the other six, or None if one is missing.
-        cached: names of the tasks whose results were there from an earlier run.
+        mean, mean_without_boolq: over the paper's tasks, seven or six; None if one is missing.
+        cached: names of the tasks whose results an earlier run stored.
         data: ``local`` or ``harness``.
         versions: of the packages that a result depends on.
     """
@@ -117,13 +116,11 @@ class Measured:
     """What was measured of one model; what was not asked for is empty.
 
     Attributes:
-        parameters: all, tied ones once; ``parameters_embedding`` and ``parameters_blocks`` are
-            those of the embeddings and of the decoder layers.
+        parameters: all, tied ones once.
         samples: prompt -> what the model wrote after it.
         dense: the same tasks, skills and long answers of the dense model, if one was named.
         kept: accuracy above chance beside the dense model's.
-        parameters_against: all parameters of the dense model.
-        fingerprint_against: tells it from others of its name, see ``models.load.fingerprint``.
+        fingerprint_against: of the dense model, see ``models.load.fingerprint``.
     """
 
     model: str
@@ -151,10 +148,7 @@ class Weighed(Measured):
 
 @dataclass(frozen=True)
 class SourceResult:
-    """One source; negative log-likelihood of what is held out of it, in nats a target token.
-
-    ``loss_before`` is that of the model that came and ``loss_after`` of the one that is saved.
-    """
+    """One source; losses, of the model that came and of the saved one, in nats a target token."""
 
     name: str
     split: str | None
@@ -177,12 +171,12 @@ class StepLoss:
 class ControlText:
     """Four models on one text that none of them was trained on.
 
-    All but the dense one are compared with it.
-
     Attributes:
         damage: perplexity of the pruned model that was trained, as a ratio to that of the dense
             model that was trained.
     """
+
+    columns: ClassVar = ("model", "perplexity", "KL, nats", "changed")
 
     dense: PerplexityResult
     dense_trained: PerplexityResult
@@ -191,24 +185,30 @@ class ControlText:
     damage: float
 
     @property
-    def rows(self) -> dict[str, PerplexityResult]:
-        """What a table calls each model -> what was measured of it."""
-        return {
-            "dense": self.dense,
-            "dense + training": self.dense_trained,
-            "pruned": self.pruned,
-            "pruned + training": self.pruned_trained,
-        }
+    def title(self) -> str:
+        """The text and how long it is."""
+        return f"{self.dense.corpus}, {self.dense.tokens:,} tokens"
+
+    @property
+    def cells(self) -> list[tuple[str, ...]]:
+        """Rows of a table under ``columns``."""
+        rows: list[tuple[str, ...]] = []
+        for name, found in (
+            ("dense", self.dense),
+            ("dense + training", self.dense_trained),
+            ("pruned", self.pruned),
+            ("pruned + training", self.pruned_trained),
+        ):
+            far = found.divergence
+            kl = "-" if far is None else measured(far.kl, far.kl_stderr, ".3f")
+            changed = "-" if far is None else percent(far.changed)
+            rows.append((name, measured(found.perplexity, found.stderr), kl, changed))
+        return rows
 
 
 @dataclass(frozen=True)
 class Control:
-    """The dense model with the training of the pruned one, which was measured and thrown away.
-
-    Attributes:
-        gained, loss, steps, best_step: of its training, as in ``Recovered``.
-        texts: the held-out samples, and each corpus asked for.
-    """
+    """The dense model with the training of the pruned one; fields as in ``Recovered``."""
 
     model: str
     gained: bool
@@ -224,11 +224,9 @@ class Recovered:
 
     Attributes:
         gained: whether the held-out loss fell; if not, the saved model is the one that came in.
-        loss: held-out loss, in nats for each target token, by what training minimizes: with a
-            teacher, mixed with the distance to it. After is that of the model that was trained,
-            whether it was kept or not.
-        sources: what each source gave, and how well the text that was held out is predicted.
-        perplexity: the same of each corpus asked for.
+        loss: held-out loss in nats a target token; with a teacher, mixed with the distance to it.
+            After is that of the model that was trained, whether it was kept or not.
+        perplexity: of each corpus asked for.
         best_step: the one whose weights were kept.
         stopped: why it ended early, if it did.
         seconds: of training, evaluations included, earlier processes too.
@@ -236,8 +234,6 @@ class Recovered:
         evaluations: held-out losses, in order.
         settings: all that decided how the run went.
         control: the dense model with the same training; None if it was not asked for.
-        needs: as in ``Pruned``.
-        report: the page that shows all this; None if none was written.
     """
 
     model: str
@@ -292,12 +288,9 @@ class Compressed:
     """What a run of ``compress`` did.
 
     Attributes:
-        parameters: of the dense and of the compressed model.
-        recovery: held-out loss before and after, and how training went; None if nothing was
-            trained.
+        parameters, tokens: of the dense and of the compressed model; None where all tokens stayed.
+        recovery: None if nothing was trained.
         peak_bytes: most memory that one process held; 0 if not known.
-        tokens: that the dense and the compressed model have; None where all stayed.
-        report: the page in the folder; None if none could be drawn.
     """
 
     path: Path
@@ -318,13 +311,13 @@ class CurvePoint:
     """One size of a curve: what ``prune`` would leave, and how far it is from the dense model.
 
     Attributes:
-        asked: share of all parameters that was to be removed.
+        asked, removed: shares of all parameters.
         plan: name of its file in the folder.
-        measured: on the text of the curve, with the divergence from the dense model.
+        measured: with the divergence from the dense model.
         perplexity_ratio: to the dense model's on the same windows.
         split: shares of the removed parameters that trials found; None if none were made.
         refitted: consumers whose weights a refit changed.
-        seconds: by stage; the estimate stands at the point that made it.
+        seconds: by stage.
     """
 
     asked: float
@@ -349,12 +342,10 @@ class Smallest:
     """How small a model may be for a damage that was bounded.
 
     Attributes:
-        of: what was bounded.
-        limit: by how much: times the dense model's perplexity, or nats a token.
-        removed: share of all parameters, by interpolation between measured points; None outside of
-            them.
+        limit: times the dense model's perplexity, or nats a token.
+        removed: share of all parameters, interpolated; None outside of the measured points.
         point: the point of that size, measured like the others; None if there is none.
-        outside: why there is no answer, or no point; None if there is.
+        outside: why there is no answer, or no point.
     """
 
     of: Literal["perplexity", "kl"]
@@ -366,14 +357,7 @@ class Smallest:
 
 @dataclass(frozen=True)
 class Curve:
-    """Damage against size.
-
-    Attributes:
-        parameters: of the dense model.
-        missed: share that was asked for -> why it has no point.
-        smallest: the answer to ``--max-damage``; None if it was not asked.
-        seconds: by stage, all points together.
-    """
+    """Damage against size; ``missed``: share that was asked for -> why it has no point."""
 
     model: str
     parameters: int

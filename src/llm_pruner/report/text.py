@@ -1,18 +1,14 @@
-"""Text that cannot inject, into a terminal, a page, JSON or Markdown; and numbers for people.
+"""Text that cannot inject into a terminal, a page or Markdown, and numbers for people.
 
-Names of models and layers and what models write are not to be trusted. HTML is escaped by the
-templates; what escaping leaves, control characters and marks that turn the direction of writing, is
-replaced here.
+Names of models and what models write are not trusted. Templates escape HTML; control characters and
+marks that turn the direction of writing are replaced here.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path, PureWindowsPath
 from typing import Any
-
-from markupsafe import Markup, escape
 
 _STEERING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # controls but tab and line feed
@@ -21,7 +17,6 @@ _STEERING = re.compile(
     "\ud800-\udfff\ufffe\uffff"  # no characters at all, which UTF-8 and XML refuse
     "\U000e0000-\U000e007f]"  # tags, which do not show
 )
-_BREAKS = re.compile(r"(?<=/)|(?<=,)(?!\d)|(?<= )(?=\()")
 _MARKDOWN = re.compile(r"([\\`*{}\[\]<>#|~$&!@^=]|:(?=//)|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9]))")
 
 
@@ -53,17 +48,6 @@ def visible(text: object) -> str:
     return _STEERING.sub("\N{REPLACEMENT CHARACTER}", str(text))
 
 
-def safe_json(data: Any) -> str:
-    """Return JSON in which all that ``visible`` replaces is written as an escape."""
-    text = json.dumps(data, indent=1, ensure_ascii=False)
-    return _STEERING.sub(_escape, text) + "\n"
-
-
-def _escape(found: re.Match[str]) -> str:
-    units = found[0].encode("utf-16-be", "surrogatepass")
-    return "".join(f"\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2))
-
-
 def markdown(text: object) -> str:
     """Return text that Markdown shows as it is, in one line: no tags, links, images or tables."""
     line = " ".join(visible(text).split())
@@ -74,11 +58,6 @@ def markdown(text: object) -> str:
 
 def _mark(found: re.Match[str]) -> str:
     return f"\\{found[0]}" if found[0] in "-+" else f"&#{ord(found[0][0])};{found[0][1:]}"
-
-
-def breakable(text: object) -> Markup:
-    """Return text as HTML that may break after a slash or comma and before a bracket."""
-    return Markup(_BREAKS.sub("<wbr>", escape(visible(text))))
 
 
 def fenced(text: object) -> str:

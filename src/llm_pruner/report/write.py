@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import re
 import warnings
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from llm_pruner.files.outputs import rewrite
 from llm_pruner.report import data, figures, view
 from llm_pruner.report.facts import against, dense_evaluation, evaluation_of
 from llm_pruner.report.records import Measured
-from llm_pruner.report.text import at_home, breakable, fenced, markdown, number, said, visible
+from llm_pruner.report.text import at_home, fenced, markdown, number, said, visible
 from llm_pruner.settings.options import Settings
 
 _LOG = logging.getLogger(__name__)
@@ -53,38 +52,26 @@ def add_evaluation(folder: Path, found: Measured, model: str) -> None:
     """
     report = data.report_in(folder)
     variant = _variant_of(folder, report, model, found.parameters)
-    if variant == "dense" and found.model != report.source.name:
-        name, source = visible(found.model), visible(report.source.name)
-        _LOG.warning(
-            f"{name} has the size of {source}, and another name: it stands in the report as that "
-            f"model; if it is another, measure {source} with --report, which replaces it"
-        )
+    source = report.source.name
+    if variant == "dense" and found.model != source:
+        _LOG.warning(f"{found.model} has the size of {source} and stands in its report as it")
     report = report.with_evaluation(variant, evaluation_of(found))
-    size = report.sizes.get("dense")
-    if (dense := dense_evaluation(found, report.source, size)) != data.Evaluation():
+    if (dense := dense_evaluation(found, report)) is not None:
         report = report.with_evaluation("dense", dense)
     elif other := against(found):
-        name, source = visible(other), visible(report.source.name)
-        of = "" if size is None else f" with {size.total:,} parameters"
-        if name == source and size is not None and size.total == found.parameters_against:
-            of = " with other weights"
         _LOG.warning(
-            f"what was measured of {name} is no part of the report, which is about {source}{of}; "
-            f"if they are one model, measure it with --report {folder}, too"
+            f"what was measured of {other} is no part of the report: it is not the {source} "
+            "that the model was made of, or its weights differ"
         )
     card = folder / data.CARD_FILE
-    try:
-        ours = not card.exists() or digest(card.read_text(encoding="utf-8")) == report.card_digest
-    except ValueError:  # not UTF-8, so not ours
-        ours = False
+    ours = not card.exists() or digest(card.read_text("utf-8", "replace")) == report.card_digest
     rewrite(folder, files(report, card=ours))
 
 
 def write_request(folder: Path, settings: Settings) -> None:
     """Write beside the weights what was asked for, as a file that ``--config`` reads.
 
-    The home folder is written as ``~``: checkpoints are published, and the name of a user's account
-    is nobody's business. What is sent or thrown away is no part of it, but asked for anew.
+    The home folder is written as ``~``, since checkpoints are published.
     """
     kept = {name: of for name, of in settings.written().items() if name not in _ANEW}
     said = yaml.safe_dump(_at_home(kept), sort_keys=False, allow_unicode=True)
@@ -120,8 +107,7 @@ def _variant_of(folder: Path, report: data.Report, model: str, parameters: int) 
         return "dense"
     raise UserError(
         f"{model} has {parameters:,} parameters and is neither the model in {folder} nor "
-        f"{report.source.name}, of which it was made, so its report would not hold what is "
-        "measured; name one of the two, or leave --report out"
+        f"{report.source.name}, of which it was made; name one of the two, or leave --report out"
     )
 
 
@@ -131,8 +117,6 @@ REQUEST_FILE = "request.yaml"
 _ANEW = ("restart", "resume", "overwrite")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_DATASET = re.compile(r"[A-Za-z0-9][\w./-]*( [\w.-]+)?")
-"""A dataset of the hub, with its config if it has one, or a task."""
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,60}")
 
 
@@ -166,47 +150,19 @@ def render_card(report: data.Report) -> str:
 
 def _metadata(report: data.Report) -> str:
     """Return the front matter of the model card; only what is known, and known to be harmless."""
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import ModelCardData
 
-    source, final = report.source, report.evaluations.get(report.final, data.Evaluation())
-    found: list[tuple[str, str | None, str, str, float]] = [
-        (one.corpus, one.split, "perplexity", f"perplexity, {one.label}", one.perplexity)
-        for one in final.perplexity
-        # A data set with splits, no file of the user's, in the tokens of other models.
-        if one.split and not report.tokens
-    ]
-    found += [
-        (one.task, None, one.metric, one.label, one.value) for one in final.tasks if one.in_mean
-    ]
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=dataset,
-            dataset_name=name,
-            dataset_config=config or None,
-            dataset_split=split,
-            metric_type=metric,
-            metric_name=label,
-            metric_value=float(f"{value:.6g}"),
-        )
-        for name, split, metric, label, value in found
-        for dataset, _, config in [name.partition(" ")]
-        if _DATASET.fullmatch(name) and math.isfinite(value)
-    ]
-    known = ModelCardData(
+    def known(pattern: re.Pattern[str], name: str | None) -> str | None:
+        return name if name is not None and pattern.fullmatch(name) else None
+
+    card = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["llm-pruner", *(("pruned", "structural-pruning") if report.was_pruned else ())],
-        base_model=_known(_HUB_ID, source.hub_id),
-        license=_known(_LICENSE, source.license),
-        eval_results=results or None,
-        model_name=view.title(report) if results else None,
+        base_model=known(_HUB_ID, report.source.hub_id),
+        license=known(_LICENSE, report.source.license),
     )
-    return yaml.safe_dump(known.to_dict(), sort_keys=True, allow_unicode=True)
-
-
-def _known(pattern: re.Pattern[str], name: str | None) -> str | None:
-    return name if name is not None and pattern.fullmatch(name) else None
+    return yaml.safe_dump(card.to_dict(), sort_keys=True)
 
 
 def page(template: str, **context: Any) -> str:
@@ -215,42 +171,34 @@ def page(template: str, **context: Any) -> str:
 
 
 def _plots(report: data.Report) -> dict[str, Markup]:
-    """Return the drawings that there is data for; they are markup that matplotlib escaped."""
-    drawn = dict.fromkeys(("widths", "importance", "perplexity", "tasks", "loss"), "")
+    """Return the drawings that there is data for."""
+    drawn = dict.fromkeys(("widths", "importance", "loss"), Markup(""))
     layers, units = view.decoder_layers(report), view.changed_units(report)
     if layers and units:
-        drawn["widths"] = figures.widths(
-            layers, [(name, view.unit(name, report)) for name in units]
-        )
-    maps = [found for found in report.importance if found.rows]
-    if maps:
+        headings = [(name, view.unit(name, report)) for name in units]
+        drawn["widths"] = figures.widths(layers, headings)
+    if maps := [found for found in report.importance if found.rows]:
         drawn["importance"] = figures.heat(maps, [view.unit(found.kind, report) for found in maps])
     if report.recovery is not None and report.recovery.loss:
         drawn["loss"] = figures.loss(report.recovery.loss)
-    for name, title, value, label in (
-        ("perplexity", "perplexity", "perplexity", lambda result: result.name),
-        ("tasks", "accuracy, %", "value", lambda result: f"{result.task}, {result.metric}"),
-    ):
-        rows = [
-            (label(view.first(by)), [(v, getattr(one, value), one.stderr) for v, one in by.items()])
-            for by in view.by_model(report, name)
-        ]
-        if rows:
-            drawn[name] = figures.dots(name, title, rows, share=name == "tasks")
-    return {name: Markup(text) for name, text in drawn.items()}
+    return drawn
 
 
 @cache
 def _environment(html: bool) -> Environment:
-    """Return templates; those of pages escape all that they show."""
+    """Return the templates; those of pages escape all that they show."""
+
+    def shown(value: Any) -> Any:
+        return value if isinstance(value, Markup) else visible(value)
+
     made = Environment(
         loader=PackageLoader("llm_pruner.report"),
         autoescape=html,
         undefined=StrictUndefined,
         trim_blocks=True,
+        finalize=shown if html else None,
     )
-    filters = (breakable, fenced, number, said, visible)
-    made.filters |= {"md": markdown} | {one.__name__: one for one in filters}
+    made.filters |= {"md": markdown, "fenced": fenced, "number": number, "said": said}
     made.globals["view"] = view
     if html:
         source = made.loader.get_source(made, "style.css")[0]  # type: ignore[union-attr]

@@ -146,7 +146,6 @@ class BenchSettings(ModelSettings):
         (1, 8), "Prompts at once, such as 1 or 1,8.", "LIST"
     )
     repeats: int = option(5, "Rounds; medians and ranges are over them.", "N", ge=1)
-    compile: bool = option(False, "Compile the models with torch.compile first, in minutes.")
     counts_only: bool = option(
         False, "Parameters, MACs and cache alone; needs a config but no weights."
     )
