@@ -30,7 +30,7 @@ from llm_pruner.settings.compress import CompressSettings
 
 if TYPE_CHECKING:
     from llm_pruner.evaluation.perplexity import PerplexityResult
-    from llm_pruner.report.records import Compressed, Measured, Weighed
+    from llm_pruner.report.records import Compressed, Measured
 
 EXAMPLES = """\b
 Examples:
@@ -119,64 +119,36 @@ def show(done: Compressed) -> None:
         ("parameters", *(count(one.parameters) for one in found)),
         ("size on disk", *(megabytes(one.bytes) if one.bytes else "-" for one in found)),
     ]
+    # A token of one vocabulary is not one of the other.
+    shown, form = ("perplexity", _perplexity) if done.tokens is None else ("bits per byte", _bits)
     if done.tokens is not None:
         kept = [f"{done.tokens.after:,}"] * (len(found) - 1)
         rows.append(("tokens", f"{done.tokens.before:,}", *kept))
-    # A token of one vocabulary is not one of the other.
-    shown, form = ("perplexity", _perplexity) if done.tokens is None else ("bits per byte", _bits)
     for texts in zip(*(one.perplexity for one in found), strict=True):
         rows.append((f"{shown}, {texts[0].corpus}", *map(form, texts)))
-    rows += _tasks(found)
-    rows += [
-        (f"{what} tokens/s", *_speeds(found, f"{what}_tokens_per_second"))
-        for what in ("prefill", "decode")
-    ]
+    for tasks in zip(*(one.zero_shot.tasks for one in found if one.zero_shot), strict=True):
+        metric = tasks[0].paper_metric or next(iter(tasks[0].metrics))
+        values = (f"{task.metrics[metric].value:.4f}" for task in tasks)
+        rows.append((f"{tasks[0].task}, {metric}", *values))
+    for what in ("prefill", "decode"):
+        speeds = (getattr(one.speed, f"{what}_tokens_per_second", None) for one in found)
+        values = ("-" if speed is None else f"{speed:.1f}" for speed in speeds)
+        rows.append((f"{what} tokens/s", *values))
     out.table("Before and after", ("", *done.measured), rows)
     for text, last in zip(found[0].perplexity, found[-1].perplexity, strict=True):
         tokens = f"{text.tokens:,}" + ("" if done.tokens is None else f" -> {last.tokens:,}")
         out.print(f"{clean(text.corpus)}: {tokens} tokens in windows of {text.window}")
     show_control(out, None if done.recovery is None else done.recovery.control)
-    times = {name: seconds for name, seconds in done.seconds.items() if seconds >= 0.5}
-    took = ", ".join(f"{_STAGES.get(name, name)} {seconds:.0f}" for name, seconds in times.items())
+    took = ", ".join(f"{name} {one:.0f}" for name, one in done.seconds.items() if one >= 0.5)
     out.print(f"seconds: {took}; {sum(done.seconds.values()):.0f} in all", soft_wrap=False)
     if done.peak_bytes:
         out.print(f"peak memory: {megabytes(done.peak_bytes)}")
     out.places(done.path, done.report)
 
 
-_STAGES = {
-    "vocab": "taking out tokens",
-    "dense": "measuring the dense model",
-    "pruned": "the pruned one",
-    "recovered": "the recovered one",
-    "quantized": "the quantized one",
-    "prune": "pruning",
-    "recover": "recovery",
-    "quantize": "quantizing",
-    "text": "writing text",
-}
-
-
 def _perplexity(found: PerplexityResult) -> str:
     return measured(found.perplexity, found.stderr, ".2f")
 
 
-def _speeds(found: list[Weighed], what: str) -> list[str]:
-    return [f"{getattr(one.speed, what):.1f}" if one.speed else "-" for one in found]
-
-
 def _bits(found: PerplexityResult) -> str:
     return "-" if found.bits_per_byte is None else f"{found.bits_per_byte:.4f}"
-
-
-def _tasks(found: list[Weighed]) -> list[tuple[str, ...]]:
-    """Return a row for the metric that the paper reports, or the first one, of each task."""
-    shown = [
-        {} if one.zero_shot is None else {task.task: task for task in one.zero_shot.tasks}
-        for one in found
-    ]
-    metrics = {task: one.paper_metric or next(iter(one.metrics)) for task, one in shown[0].items()}
-    return [
-        (f"{task}, {metric}", *(f"{one[task].metrics[metric].value:.4f}" for one in shown))
-        for task, metric in metrics.items()
-    ]

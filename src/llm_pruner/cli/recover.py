@@ -98,18 +98,18 @@ def show(done: Recovered) -> None:
         f"{duration(done.seconds)}; {count(done.trained)} of {count(done.parameters)} "
         "parameters trained"
     )
-    rows = []
-    for source in done.sources:
-        before, after = source.loss_before, source.loss_after
-        if before is not None and after is not None:
-            note = f"held out, {source.held_out_samples} samples"
-            tokens = f"{source.held_out_tokens:,}"
-            rows.append((source.name, note, tokens, *_change(_exp(before), _exp(after))))
+    rows = [
+        (
+            *(one.name, f"held out, {one.held_out_samples} samples", f"{one.held_out_tokens:,}"),
+            *_change(_exp(one.loss_before), _exp(one.loss_after)),
+        )
+        for one in done.sources
+        if one.loss_before is not None and one.loss_after is not None
+    ]
     for text in done.perplexity:
         old, new = text.before, text.after
-        note = f"windows of {old.window}"
-        tokens = f"{old.tokens:,}"
-        rows.append((old.corpus, note, tokens, *_change(old.perplexity, new.perplexity)))
+        what = (old.corpus, f"windows of {old.window}", f"{old.tokens:,}")
+        rows.append((*what, *_change(old.perplexity, new.perplexity)))
     columns = ("text", "", "tokens", "before", "after", "change")
     out.table("Perplexity", columns, rows, text=("",))
     show_control(out, done.control)
