@@ -83,7 +83,7 @@ def narrowed(kind: str = "llama", **config: Any) -> Any:
 
 def written(model: GgufModel, kind: str = "f32") -> tuple[dict[str, Any], dict[str, Any]]:
     """Return keys and tensors of a model's file, the current folder's ``m.gguf``."""
-    GgufFile(kind, model, {}, torch.float32).write(Path("m.gguf"), lambda: None)
+    GgufFile(kind, model, {}, torch.float32).write(Path("m.gguf"))
     return contents(Path("m.gguf"))
 
 
