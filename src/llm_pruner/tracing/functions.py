@@ -406,11 +406,6 @@ def _histc(tracer: Tracer, out: Any, bins: Any = None, min: Any = None, max: Any
     _numbers(tracer, [min])
 
 
-@sized("bincount", takes="input weights minlength")
-def _bincount(tracer: Tracer, out: Any, minlength: Any = 0) -> None:
-    _state(tracer, out, "bincount", {0: minlength or None})
-
-
 _READS = frozenset({"tolist", "numpy", "__array__", "__dlpack__", "data_ptr"})
 """Functions that hand values to Python without an operation."""
 

@@ -132,12 +132,7 @@ class TracedInt(torch.SymInt):
     __sub__, __rsub__ = _operators(_counted, "-")
     __mul__, __rmul__ = _operators(_counted, "*")
     __floordiv__, __rfloordiv__ = _operators(_counted, "//")
-    __mod__ = _operators(_counted, "%")[0]
-
-    def __rmod__(self, other: Any) -> Any:
-        if isinstance(other, str):
-            return other % self._read()
-        return _counted(self, "%", other, swap=True)
+    __mod__, __rmod__ = _operators(_counted, "%")
 
     def __divmod__(self, other: Any) -> Any:
         return self // other, self % other

@@ -8,11 +8,10 @@ that goes in is frozen. ``REWRITES`` writes functions of PyTorch out in others t
 from __future__ import annotations
 
 import math
-import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch.jit._state import _try_get_jit_cached_function
 from torch.overrides import _get_current_function_mode, handle_torch_function
 
 from llm_pruner.runtime.precision import torch_functions
-from llm_pruner.tracing.sizes import TracedShape, plain
+from llm_pruner.tracing.sizes import plain
 
 COMPILED_CODE = "compiled code"
 TRANSFORMED_CODE = "code under torch.vmap or another transform of torch.func"
@@ -34,7 +33,6 @@ def in_sight(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         _replace(stack, torch._C.ScriptFunction, "__call__", _script_function)
         _replace(stack, torch._C.ScriptMethod, "__call__", _script_method)
-        _replace(stack, torch, "broadcast_shapes", _broadcast_shapes)
         # In inference mode operations are not decomposed into those that have rules.
         _replace(stack, torch.inference_mode, "__enter__", lambda _: None)
         _replace(stack, torch.inference_mode, "__exit__", lambda *_: None)
@@ -70,18 +68,6 @@ def in_sight(model: nn.Module) -> Iterator[None]:
 def _replace(stack: ExitStack, owner: Any, name: str, value: object) -> None:
     stack.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, value)
-
-
-def _broadcast_shapes(*shapes: Any) -> Any:
-    """``torch.broadcast_shapes`` without its checks for nested tensors, which read the sizes."""
-    each = [(shape,) if isinstance(shape, int) else tuple(shape) for shape in shapes]
-    found = []
-    for sizes in zip_longest(*map(reversed, each), fillvalue=1):
-        met = [one for one in sizes if plain(one) != 1] or [1]
-        found.append(met[0] if len(met) == 1 else max(map(operator.index, met)))
-        if any(plain(one) != plain(met[0]) for one in met):
-            raise RuntimeError(f"shapes {each} cannot be broadcast to one")
-    return TracedShape(reversed(found))
 
 
 _CALL_FUNCTION = torch._C.ScriptFunction.__call__

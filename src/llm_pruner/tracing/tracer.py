@@ -66,7 +66,6 @@ class Tracer(TorchDispatchMode):
         weights: parameters, buffers and what is made of them alone -> rows of axes that were
             reduced away.
         vocabulary: tensors of token ids.
-        one_hot: token ids as one-hot rows.
         cut_from: slices -> rows of the axis that they were cut from.
         unread: new tensors that nothing has read -> their atoms.
         function: name of the torch function that runs.
@@ -83,7 +82,6 @@ class Tracer(TorchDispatchMode):
         self.weights = Marks()
         self.names = Marks()
         self.vocabulary = Marks()
-        self.one_hot = Marks()
         self.cut_from = Marks()
         self.unread = Marks()
         self.function: str | None = None
@@ -408,16 +406,16 @@ class Tracer(TorchDispatchMode):
                     self.cut_from[tensor] = self.cut_from[call.inputs[0]]
         # A buffer that was written to (a cache) counts as an activation.
         is_weight = known.op.makes_weights and all(one in self.weights for one in call.inputs)
-        marks: list[Marks] = []
+        are_tokens = False
         if known.op.moves and (first := tensors_in(args[:1])):
-            marks = [m for m in (self.vocabulary, self.one_hot) if all(one in m for one in first)]
+            are_tokens = all(one in self.vocabulary for one in first)
             is_weight = all(map(self.is_weight, first))
         lost = tuple(rows for one in call.inputs for rows in self.weights.get(one) or ())
         for tensor in call.results:
             if is_weight:
                 self.weights[tensor] = lost
-            for mark in marks:
-                mark[tensor] = True
+            if are_tokens:
+                self.vocabulary[tensor] = True
 
     def execute(self, known: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the operation; the twin overrides this."""

@@ -71,8 +71,6 @@ def _living_product(
 @rule("mm", product=True, makes_weights=True, alive=_living_product)
 def mm(tracer: Tracer, call: Call, self: Tensor, mat2: Tensor) -> None:
     _multiply(tracer, call, self, mat2)
-    if self in tracer.one_hot and tracer.trace.residual is None:
-        tracer.trace.residual = tracer.label(mat2)[1]
 
 
 @rule("bmm", product=True, alive=_living_product)
@@ -100,15 +98,6 @@ def baddbmm(tracer: Tracer, call: Call, self: Tensor, batch1: Tensor, batch2: Te
 @rule("mv", product=True, makes_weights=True)
 def mv(tracer: Tracer, call: Call, self: Tensor, vec: Tensor) -> None:
     _multiply(tracer, call, self, vec)
-
-
-@rule("dot", "vdot", product=True)
-def dot(tracer: Tracer, call: Call) -> None:
-    """One number; that of two weights scales them, as in a spectral norm."""
-    left, right = call.inputs
-    if tracer.is_weight(left) and tracer.is_weight(right):
-        raise UnplacedError("one number is made of the whole weight (a spectral norm)")
-    _multiply(tracer, call, left, right)
 
 
 @rule("_grouped_mm", product=True)
@@ -187,4 +176,6 @@ def convolution(
 
 
 # Products without a rule; ghosts need not compute them.
-OPS |= dict.fromkeys(("addmv", "linear", "matmul", "grouped_mm_fallback"), Op(product=True))
+OPS |= dict.fromkeys(
+    ("addmv", "dot", "vdot", "linear", "matmul", "grouped_mm_fallback"), Op(product=True)
+)

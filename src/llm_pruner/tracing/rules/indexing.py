@@ -6,7 +6,7 @@ is deleted is never chosen. Any other index freezes the axis that it reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -141,8 +141,6 @@ def scatter(
         if positions is not None and positions in tracer.domains:
             tracer.freeze(tracer.domains[positions], "its positions are written")
     tracer.set_label(call.out, axes)
-    if index in tracer.vocabulary:
-        tracer.one_hot[call.out] = True
 
 
 @rule("index_add", "index_add_", "index_copy", "index_copy_")
@@ -192,7 +190,7 @@ def index_put(tracer: Tracer, call: Call, self: Tensor, indices: Indices, values
 
 
 @rule("nonzero", "_local_scalar_dense", "equal", "is_nonzero")
-@rule("searchsorted", "bucketize", "unique_consecutive", "_unique2")
+@rule("searchsorted", "bucketize", "unique_consecutive", "_unique2", "bincount")
 def found(tracer: Tracer, call: Call) -> None:
     """``nonzero``, ``.item()``: what the code does next depends on the values."""
     for tensor in call.inputs:
@@ -201,26 +199,14 @@ def found(tracer: Tracer, call: Call) -> None:
         tracer.set_label(result, tracer.frozen_axes(result, "found by value"))
 
 
-@rule("bincount", domain="tied")
-def bincount(
-    tracer: Tracer, call: Call, self: Tensor, weights: Tensor | None, minlength: int
-) -> None:
-    _count(tracer, call, self, lambda size: weights is None and minlength == size)
-
-
 @rule("histc", domain="tied")
 def histc(tracer: Tracer, call: Call, self: Tensor, bins: int, min: float, max: float) -> None:
-    _count(tracer, call, self, lambda size: (bins, min, max) == (size, 0, size - 1))
-
-
-def _count(tracer: Tracer, call: Call, counted: Tensor, complete: Callable[[int], bool]) -> None:
     """Count how often each position was chosen, if every position has a bin of its own."""
-    domain = tracer.domains.get(counted)
-    if domain is None:
-        found(tracer, call)
-    elif complete(len(domain)):
+    domain = tracer.domains.get(self)
+    if domain is not None and (bins, min, max) == (len(domain), 0, len(domain) - 1):
         tracer.set_label(call.out, [domain])
         tracer.counts[call.out] = True
-    else:
+        return
+    if domain is not None:
         tracer.freeze(domain, "counted in other bins than its positions")
-        found(tracer, call)
+    found(tracer, call)

@@ -261,11 +261,6 @@ def unfold(tracer: Tracer, call: Call, self: Tensor, dimension: int) -> None:
     tracer.set_label(call.out, axes)
 
 
-@rule("diagonal")
-def diagonal(tracer: Tracer, call: Call) -> None:  # noqa: ARG001
-    raise UnplacedError("a diagonal is taken")
-
-
 @rule("view_as_complex")
 def as_complex(tracer: Tracer, call: Call, self: Tensor) -> None:
     """Pairs of neighbours become complex numbers; an axis that they were cut from stays even."""

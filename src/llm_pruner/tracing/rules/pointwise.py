@@ -43,12 +43,6 @@ def pointwise(tracer: Tracer, call: Call) -> None:
     """Unify the axes of all inputs; an operation in place labels its target anew."""
     for result in call.results:
         axes = broadcast(tracer, call.inputs, result.dim())
-        if [len(rows) for rows in axes] != list(result.shape):
-            # The result was resized in place.
-            axes = [
-                rows if len(rows) == size else tracer.atoms.fresh(size)
-                for rows, size in zip(axes, result.shape, strict=True)
-            ]
         tracer.set_label(result, axes)
 
 
@@ -62,16 +56,6 @@ def activation(tracer: Tracer, call: Call) -> None:
     pointwise(tracer, call)
     if isinstance(call.out, Tensor) and call.out.dim():
         tracer.note("activation", tracer.label(call.out)[-1])
-
-
-@rule("eq", "eq_")
-def equal(tracer: Tracer, call: Call, self: Tensor, other: object) -> None:
-    """Token ids compared with all ids give one-hot rows."""
-    pointwise(tracer, call)
-    if self in tracer.vocabulary and isinstance(other, Tensor):
-        tracer.one_hot[call.out] = True
-        if other.dim():
-            tracer.look_up(tracer.label(other)[-1], self)
 
 
 @rule("glu")
@@ -111,9 +95,6 @@ def counting(tracer: Tracer, call: Call) -> None:
 
 @rule("eye")
 def identity(tracer: Tracer, call: Call) -> None:
-    """A square ``eye`` stays one when the same rows and columns go."""
-    if call.out.shape[0] != call.out.shape[1]:
-        counting(tracer, call)
-        return
+    """A square ``eye`` stays one when the same rows and columns go; others have no label."""
     require_sight(tracer, "created")
     tracer.set_label(call.out, [tracer.atoms.fresh(call.out.shape[0])] * 2)
