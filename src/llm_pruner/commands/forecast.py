@@ -136,11 +136,11 @@ class _Forecaster:
             raise UserError(f"{type(model).__name__} has no list of blocks to estimate from")
         self.total, self.count, in_blocks = size.total, len(blocks), size.blocks or 0
         self.width = (size.bytes or 0) // size.total
-        self.kept = self.total - int(self._removed(in_blocks) * in_blocks)
+        self.kept = self.total - self._removed(in_blocks)
         stored = stored_size(settings.model, settings.revision, "auto")
         place = stored_at(settings.model, settings.revision)
-        packed = place is not None and place.is_file()
         files = self.total * self.loaded.stored_dtype.itemsize if stored is None else stored[1]
+        packed = place is not None and place.is_file()
         files = place.stat().st_size if packed and place else files
         self.resident = run.stays(settings.room(settings.device))
         fits = self.total * self.width <= self.resident
@@ -173,25 +173,26 @@ class _Forecaster:
         self.held_out = max(1, min(samples // 8, HELD_OUT // self.length))
         self.held_out *= run.splits or run.tries_layers
         self.scored = min(samples - self.held_out, settings.score_samples or samples)
+        self.writes = not WRITERS.keys().isdisjoint(shares_of(settings.calibration))
         self.saved, read = 0, files / self.reading - self.turn
         self.stages["start"] = Taken(before, self.process)
         loading = self.taken["text"] + self.taken["load"] + read  # checks are made before, too
         self._book("load", loading, 0 if self.streamed else files)
         self._book("discover", settings.steps * self.taken["discover"], 0, 2 * run.refits)
 
-    def _removed(self, in_blocks: int) -> float:
-        """Return the share of the blocks that is removed, about."""
-        run = self.run
+    def _removed(self, in_blocks: int) -> int:
+        """Return how many parameters are removed, about."""
+        run, settings = self.run, self.settings
         if run.plan is not None:
             removal = run.plan.removal(run.discovery)
-            return 1 - (count_parameters(run.discovery, removal) / self.total)
+            return self.total - count_parameters(run.discovery, removal)
         assert run.target is not None
         run.narrow()
-        if self.settings.kv_cache is None:
+        if settings.kv_cache is None:
             run.reach()
+        by_units = settings.unit_ratio is not None or settings.kv_cache is not None
         share = 1 - start.share_kept(run.target, self.total)
-        by_units = self.settings.unit_ratio is not None or self.settings.kv_cache is not None
-        return min(0.9, share if by_units else share * self.total / in_blocks)
+        return int(share * (in_blocks if by_units else self.total))
 
     def _products(self, tokens: int, dtype: torch.dtype | None = None) -> float:
         """Return the seconds that so many tokens take to be multiplied with all matrices."""
@@ -216,7 +217,7 @@ class _Forecaster:
         run, settings, length = self.run, self.settings, self.length
         if not (run.reads_text or run.repairs) or (run.plan is not None and not run.refits):
             return
-        if WRITERS.keys().isdisjoint(shares_of(settings.calibration)):
+        if not self.writes:
             self._book("calibration text", self.taken["text"], 0)
             return
         texts = min(settings.samples, max(TEXTS, WRITTEN // min(length, PIECE)))
@@ -237,7 +238,7 @@ class _Forecaster:
         if run.plan is not None:
             return
         tokens = self.scored * length * run.criterion.reads_text
-        states = min(TOKENS, tokens) * (8 * self.hidden + 6 * self.inner) * 4 * self.count
+        states = min(TOKENS, tokens) * (2 * self.hidden + 3 * self.inner) * 4 * self.count
         more = min(states, ACTIVATIONS) if tokens else 0
         passes = TAYLOR if run.criterion.name == "taylor" else ESTIMATE
         seconds = passes * tokens * settings.steps * self.each
@@ -264,11 +265,10 @@ class _Forecaster:
         stage = "verify" if settings.verify else "cut"
         self._book(stage, compared * settings.steps, self.cut, 2 * settings.verify)
         if run.refits:
-            written = not WRITERS.keys().isdisjoint(shares_of(settings.calibration))
-            times = (1.0 if written else settings.refit_text) - 1 / 8
+            times = (1.0 if self.writes else settings.refit_text) - 1 / 8
             tokens = self.length * settings.samples * times
             more = 3 * self.inner * (self.inner + self.hidden) * 4
-            more += TOKENS * (8 * self.hidden + 6 * self.inner) * 4
+            more += TOKENS * (2 * self.hidden + 3 * self.inner) * 4
             seconds = REFIT * tokens * self.each * settings.steps
             self._book("least squares", seconds, self.cut + more, 5 * settings.steps)
         if run.repairs and not self.streamed:
