@@ -212,9 +212,9 @@ def calibration(
     Raises:
         UserError: it cannot be read, or holds too few tokens.
     """
-    size = {"samples": samples, "seq_len": seq_len}
-    fields = {"text_split": text_split, "text_field": text_field}
-    asked = CalibrationSettings(calibration=str(source), **size, **fields)
+    how: dict[str, Any] = {"samples": samples, "seq_len": seq_len}
+    how |= {"text_split": text_split, "text_field": text_field}
+    asked = CalibrationSettings(calibration=str(source), **how)
     return read_calibration(model.current, asked, int(seed), Clock())
 
 
