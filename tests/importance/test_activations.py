@@ -30,7 +30,6 @@ from llm_pruner.models.blockwise import find_chain
 from llm_pruner.models.forward import undisturbed
 from llm_pruner.models.linear_modules import Consumer, consumers_of, weight_of
 from llm_pruner.models.streaming import stream_
-from llm_pruner.runtime.processes import ALONE
 from llm_pruner.types import Group, Member
 
 ALL = ("gates", "moments", "gram")
@@ -49,7 +48,7 @@ def observe(
         found[seen.group.name] = seen
         return np.zeros(seen.group.size)
 
-    measure(model, ids, groups, Measure(frozenset(needs), note), ALONE, None)
+    measure(model, ids, groups, Measure(frozenset(needs), note), None)
     return found
 
 
@@ -145,7 +144,7 @@ def test_activations_that_are_held_say_what_blocks_say_that_run_again(
         how = Measure(frozenset(needs), note)
         states.append(HiddenStates())
         with undisturbed(one), torch.autocast("cpu", torch.bfloat16, enabled=stride == 2):
-            measure(one, ids, groups, how, ALONE, states[-1])
+            measure(one, ids, groups, how, states[-1])
         found.append(seen)
     assert sizes[0] == sizes[1]
     assert (sizes[0][1] > 0) == (stride == 2)
@@ -602,11 +601,11 @@ def test_what_is_asked_for_where_linear_modules_read_is_seen_there_alone(what: s
 
     how = Measure({what}, note)  # type: ignore[arg-type]
     with undisturbed(model):
-        measure(model, tokens(), groups[:1], how, ALONE, None)
+        measure(model, tokens(), groups[:1], how, None)
         wanted = found["layers.0.heads"]
         assert any(parts("layers.0.heads"))
         how = Measure(frozenset(), note, where_linear=frozenset({what}))
-        measure(model, tokens(), groups, how, ALONE, None)
+        measure(model, tokens(), groups, how, None)
     seen = found["layers.0.heads"]
     assert not any(parts("layers.0.experts"))
     for mine, other in ((seen.gates, wanted.gates), (seen.token_squares, wanted.token_squares)):

@@ -35,7 +35,6 @@ from llm_pruner.models.blockwise import (
 from llm_pruner.models.forward import gives_chosen, run_for_logits
 from llm_pruner.models.streaming import ends_of, is_model_streamed, turn
 from llm_pruner.runtime.memory import free_bytes
-from llm_pruner.runtime.processes import Processes
 from llm_pruner.runtime.progress import track
 
 MEMORY = 2**26
@@ -87,30 +86,25 @@ def run_backward(
         )
     samples, length = input_ids.shape
     size = max(1, _TOKENS_WHOLE // length) if collector.together else 1
-    shared = Batches(samples, length, collector.processes)
     with requiring_gradients(collector.parameters):
-        for batch, owner in track(shared.all, collector.label):
-            for part in shared.parts(batch, size):
+        for batch in track(batches(samples, max(1, TOKENS // length)), collector.label):
+            for part in parts_of(batch, size):
                 logits = run_for_logits(model, input_ids[part])
                 cotangent = loss_cotangent(logits, input_ids[part], part.start)
                 collector.pull([logits], [cotangent], part, collector.parameters)
-            collector.add_up(None, collector.parameters, batch, owner)
+            collector.add_up(None, collector.parameters, batch)
     collector.finished(None, collector.parameters)
 
 
-class Batches:
-    """Samples, ``TOKENS`` at a time: ``all``, each with its process, and this one's ``own``."""
+def batches(samples: int, size: int) -> list[slice]:
+    """Cut ``samples`` into slices of at most ``size``."""
+    return [slice(at, min(at + size, samples)) for at in range(0, samples, size)]
 
-    def __init__(self, samples: int, length: int, processes: Processes) -> None:
-        found = batches(samples, max(1, TOKENS // length))
-        self.all = [(batch, number % processes.count) for number, batch in enumerate(found)]
-        self.own = [batch for batch, owner in self.all if owner == processes.rank]
-        self.shared = processes.count > 1
 
-    def parts(self, batch: slice, size: int) -> list[slice]:
-        """Return slices of at most ``size`` samples of a batch; none if another process has it."""
-        count = batch.stop - batch.start if batch in self.own else 0
-        return [slice(batch.start + i.start, batch.start + i.stop) for i in batches(count, size)]
+def parts_of(batch: slice, size: int) -> list[slice]:
+    """Cut a batch into slices of at most ``size`` samples."""
+    found = batches(batch.stop - batch.start, size)
+    return [slice(batch.start + one.start, batch.start + one.stop) for one in found]
 
 
 class _BlockPass:
@@ -129,7 +123,7 @@ class _BlockPass:
         wanted = [at for at, owned in enumerate(chain.owned) if owned]
         wanted += [at for module, at in places.items() if module in watched]
         self.lowest = 0 if chain.bottom else min(wanted, default=self.count)
-        self.batches = Batches(samples, length, collector.processes)
+        self.batches = batches(samples, max(1, TOKENS // length))
         self.begins: dict[int, int] = {}  # sample -> the first that the head saw with it
         all_seen = not gives_chosen(chain.model) or watched - places.keys()
         stride = 1 if all_seen else loss_stride(chain)
@@ -152,10 +146,9 @@ class _BlockPass:
     @torch.no_grad()
     def _prove_positions(self) -> None:
         """Take the loss at all positions if the model gives other logits when asked for some."""
-        own = self.batches.own
-        if self.stride == 1 or not own:
+        if self.stride == 1:
             return
-        sample = slice(own[0].start, own[0].start + 1)
+        sample = slice(0, 1)
         positions, handler = self._positions(sample), self._skipping(sample, [])
         every = self.chain.run(self.ids[sample], handler)[:, positions].float()
         some = self.chain.run(self.ids[sample], handler, positions).float()
@@ -219,7 +212,7 @@ class _BlockPass:
 
     def _holds(self) -> bool:
         """Whether one process holds ``held`` samples' activations, so that no block runs again."""
-        if not self.held or self.batches.shared or is_model_streamed(self.chain.model):
+        if not self.held or is_model_streamed(self.chain.model):
             return False
         return free_bytes(str(self.ids.device)) > 2 * ACTIVATIONS
 
@@ -232,22 +225,22 @@ class _BlockPass:
             self._prove_positions()
         if self.held != before:
             self._forward()  # of as many samples together as in all else
-        for batch, owner in self.batches.all:
+        for batch in self.batches:
             with turn(*ends):
-                for part in self.batches.parts(batch, self.headed):
+                for part in parts_of(batch, self.headed):
                     self.begins |= dict.fromkeys(range(part.start, part.stop), part.start)
                     self._head(part)
-            collector.add_up(None, (), batch, owner)
+            collector.add_up(None, (), batch)
         order = range(self.count - 1, self.lowest - 1, -1)
-        steps = [(index, *one) for index in order for one in self.batches.all]
+        steps = [(index, batch) for index in order for batch in self.batches]
         with ExitStack() as held:
-            for index, batch, owner in track(steps, f"{collector.label}: blocks"):
+            for index, batch in track(steps, f"{collector.label}: blocks"):
                 if batch.start == 0:
                     held.enter_context(turn(chain.blocks[index]))
                 size = self.held or (samples if collector.together else 1)
-                for part in self.batches.parts(batch, size):
+                for part in parts_of(batch, size):
                     self._block(index, part)
-                collector.add_up(index, chain.owned[index], batch, owner)
+                collector.add_up(index, chain.owned[index], batch)
                 if batch.stop == samples:
                     self._passed(index)
                     collector.finished(index, chain.owned[index])
@@ -257,10 +250,10 @@ class _BlockPass:
             size = self.headed if collector.together else 1
             label = f"{collector.label}: embedding and head"
             with requiring_gradients(chain.outside), turn(*ends):
-                for batch, owner in track(self.batches.all, label):
-                    for part in self.batches.parts(batch, size):
+                for batch in track(self.batches, label):
+                    for part in parts_of(batch, size):
                         self._outside(part)
-                    collector.add_up(None, chain.outside, batch, owner)
+                    collector.add_up(None, chain.outside, batch)
                 collector.finished(None, chain.outside)
 
     def _measure(self, index: int) -> None:
@@ -292,20 +285,19 @@ class _BlockPass:
 
     def _by_sample(self) -> None:
         collector, order = self.collector, range(self.count - 1, self.lowest - 1, -1)
-        if self.stride > 1 and self.batches.own:
-            first = self.batches.own[0].start
+        if self.stride > 1:
             with torch.no_grad():
-                self._through(slice(first, first + 1), None, [])
+                self._through(slice(0, 1), None, [])
             self._prove_positions()
             if not self.held:
                 self._by_block()
                 return
-        for batch, owner in track(self.batches.all, collector.label):
-            for part in self.batches.parts(batch, self.headed):
+        for batch in track(self.batches, collector.label):
+            for part in parts_of(batch, self.headed):
                 self.begins |= dict.fromkeys(range(part.start, part.stop), part.start)
                 self._there_and_back(part)
             for index in (None, *order):
-                collector.add_up(index, (), batch, owner)
+                collector.add_up(index, (), batch)
         for index in order:
             collector.finished(index, ())
 
@@ -354,7 +346,7 @@ class _BlockPass:
     @torch.no_grad()
     def _forward(self) -> None:
         size = self.held or len(self.ids)
-        own = [part for batch, _ in self.batches.all for part in self.batches.parts(batch, size)]
+        own = [part for batch in self.batches for part in parts_of(batch, size)]
         for part in own:
             self.states.write(0, part, self.chain.entry(self.ids[part]))
         steps = [(index, part) for index in range(self.count) for part in own]
@@ -428,8 +420,3 @@ def loss_stride(chain: Chain) -> int:
     head = chain.vocabulary * model.get_input_embeddings().weight.shape[1]
     held = sum(one.numel() for block in chain.blocks for one in block.parameters())
     return max(1, min(_SPARSEST, math.ceil(4 * head / (6 * held * _HEAD))))
-
-
-def batches(samples: int, size: int) -> list[slice]:
-    """Cut ``samples`` into slices of at most ``size``."""
-    return [slice(at, min(at + size, samples)) for at in range(0, samples, size)]

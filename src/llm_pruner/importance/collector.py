@@ -10,7 +10,6 @@ from torch import nn
 
 from llm_pruner.importance.loss import pull_back
 from llm_pruner.models.activation_store import HiddenStates
-from llm_pruner.runtime.processes import ALONE, Processes
 
 Seen: TypeAlias = tuple[str, torch.Tensor, torch.Tensor | None]
 """A module, what it was given or has returned, and the gradient of that."""
@@ -25,8 +24,7 @@ class Collector:
         label: of the progress bar.
         modules: ids of further modules that the pass has to reach.
         light: whether what is collected of all blocks at once takes little memory.
-        processes: those that share the samples, ``TOKENS`` at a time.
-        keep: takes the hidden states of all samples where one process has them.
+        keep: takes the hidden states of all samples.
     """
 
     def __init__(
@@ -36,13 +34,11 @@ class Collector:
         together: bool,
         label: str,
         modules: Iterable[int] = (),
-        processes: Processes = ALONE,
         keep: HiddenStates | None = None,
     ) -> None:
         self.parameters, self.together, self.label = dict(parameters), together, label
         self.modules = frozenset(modules)
-        self.processes = processes
-        self.keep = keep if processes.count == 1 else None
+        self.keep = keep
 
     light = False
 
@@ -66,8 +62,8 @@ class Collector:
     ) -> None:
         """See a block's input and output, and the gradient at its output."""
 
-    def add_up(self, block: int | None, names: Iterable[str], batch: slice, owner: int) -> None:
-        """Add what a batch of the process ``owner`` gave to the sums of the first process."""
+    def add_up(self, block: int | None, names: Iterable[str], batch: slice) -> None:
+        """Add what a batch gave to what those before it gave."""
 
     def finished(self, block: int | None, names: Iterable[str]) -> None:
         """Note that a block, or what is outside of all blocks (None), and ``names`` are done."""

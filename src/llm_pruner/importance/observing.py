@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from llm_pruner.errors import UserError
-from llm_pruner.importance.boundary_pass import MEMORY, Batches, run_backward
+from llm_pruner.importance.boundary_pass import MEMORY, TOKENS, batches, run_backward
 from llm_pruner.importance.collector import Collector, Seen
 from llm_pruner.importance.members import last_of_each_layer, other_readers
 from llm_pruner.importance.observation import Measure, Observation, Reading
@@ -37,7 +37,6 @@ from llm_pruner.models.linear_modules import (
     weight_of,
 )
 from llm_pruner.models.streaming import turn
-from llm_pruner.runtime.processes import Processes
 from llm_pruner.runtime.progress import track
 from llm_pruner.types import FloatArray, Group, Member
 
@@ -56,7 +55,6 @@ def measure(
     input_ids: torch.Tensor,
     groups: Sequence[Group],
     how: Measure,
-    processes: Processes,
     keep: HiddenStates | None,
 ) -> dict[str, FloatArray]:
     """Return the importance of the units of every group.
@@ -69,12 +67,12 @@ def measure(
         input_ids: shape (samples, seq_len), on the model's device.
         groups: what to look at.
         how: what is looked at, and what it says of a group.
-        processes, keep: see ``score``.
+        keep: see ``score``.
 
     Raises:
         UserError: the activations of a group or of layers are unknown; a loss is not finite.
     """
-    watching = partial(_Watch, model, input_ids, groups, how, processes, keep)
+    watching = partial(_Watch, model, input_ids, groups, how, keep)
     watch = watching()
     try:
         chain = find_chain(model, input_ids, watch.parameters)
@@ -135,7 +133,6 @@ class _Watch(Collector):
         input_ids: torch.Tensor,
         groups: Sequence[Group],
         how: Measure,
-        processes: Processes,
         keep: HiddenStates | None,
     ) -> None:
         samples, self._length = input_ids.shape
@@ -175,7 +172,6 @@ class _Watch(Collector):
             together=not self._members,
             label="activations",
             modules=(id(model.get_submodule(name)) for name in names),
-            processes=processes,
             keep=keep,
         )
         self.light = "gram" not in self._where_linear
@@ -257,15 +253,14 @@ class _Watch(Collector):
     def _look(self, chain: Chain | None, input_ids: torch.Tensor) -> None:
         """Run forward, block by block unless something outside of the blocks is watched."""
         samples, length = input_ids.shape
-        shared = Batches(samples, length, self.processes)
+        shared = batches(samples, max(1, TOKENS // length))
         places = {} if chain is None else chain.places()
         if chain is None or self.modules - places.keys():
             self._paths = {None: [*self._readers]}
-            for batch, owner in track(shared.all, self.label):
-                for part in shared.parts(batch, samples):
-                    self._model(input_ids[part])
-                    self._take(part)
-                self.add_up(None, (), batch, owner)
+            for batch in track(shared, self.label):
+                self._model(input_ids[batch])
+                self._take(batch)
+                self.add_up(None, (), batch)
             return
         highest = max((places[module] for module in self.modules), default=-1)
         with chain.opened():
@@ -273,21 +268,20 @@ class _Watch(Collector):
         keep = self.keep if 2 * need < free_on_disk() else None
         states = ActivationStore(range(1 if keep is None else highest + 2), samples, MEMORY)
         with chain.opened(), closing(states) if keep is None else nullcontext(states) as hidden:
-            for part in shared.own:
+            for part in shared:
                 hidden.write(0, part, chain.entry(input_ids[part]))
-            steps = [(index, *one) for index in range(highest + 1) for one in shared.all]
+            steps = [(index, part) for index in range(highest + 1) for part in shared]
             with ExitStack() as held:
-                for index, batch, owner in track(steps, f"{self.label}: blocks"):
-                    if batch.start == 0:
+                for index, part in track(steps, f"{self.label}: blocks"):
+                    if part.start == 0:
                         held.enter_context(turn(chain.blocks[index]))
                     before, behind = (0, 0) if keep is None else (index, index + 1)
-                    for part in shared.parts(batch, samples):
-                        given = hidden.read(before, part)
-                        _, output = chain.run_block(index, input_ids[part], given)
-                        hidden.write(behind, part, output)
-                        self._take(part)
-                    self.add_up(index, (), batch, owner)
-                    if batch.stop == samples:
+                    given = hidden.read(before, part)
+                    _, output = chain.run_block(index, input_ids[part], given)
+                    hidden.write(behind, part, output)
+                    self._take(part)
+                    self.add_up(index, (), part)
+                    if part.stop == samples:
                         self._finish(self._inside[index])
                         held.close()
         if keep is not None:
@@ -315,37 +309,23 @@ class _Watch(Collector):
         return self._batch_moments[path]
 
     @torch.no_grad()
-    def add_up(self, block: int | None, names: Iterable[str], batch: slice, owner: int) -> None:
+    def add_up(self, block: int | None, names: Iterable[str], batch: slice) -> None:  # noqa: ARG002
         paths = self._paths.get(block, ())
         groups = {one.group for path in paths for one in self._readers[path]}
-        groups |= {group.name for name in names for group, _ in self._members.get(name, ())}
-        groups |= {name for name, places in self._places.items() if block in places}
-        order = sorted(groups & self._gates.keys())
-        gates = [torch.from_numpy(self._gates[group][batch]) for group in order]
-        squares = [
-            torch.from_numpy(self._batch_squares.pop(group, np.zeros(self._gates[group].shape[2])))
-            for group in (order if "tokens" in self._where_linear else ())
-        ]
-        sums = {path: self._of_batch(path) for path in paths if path in self._summed}
-        for path in sums:
+        if "tokens" in self._where_linear:
+            for group in groups & self._gates.keys():
+                none = np.zeros(self._gates[group].shape[2])
+                found = self._batch_squares.pop(group, none)
+                self._token_squares[group] = self._token_squares.get(group, 0) + found
+        for path in paths:
+            if path not in self._summed:
+                continue
+            sums = self._of_batch(path)
             del self._batch_moments[path]
-        given = [*gates, *squares, *(one.sums for one in sums.values())]
-        given += [one.gram for one in sums.values() if one.gram is not None]
-        found = iter(self.processes.hand_in(owner, given))
-        if not self.processes.is_first:
-            return
-        for group in order:
-            self._gates[group][batch] = next(found).numpy()
-        for group in order if squares else ():
-            self._token_squares[group] = self._token_squares.get(group, 0) + next(found).numpy()
-        for one in sums.values():
-            one.sums = next(found)
-        for path, one in sums.items():
-            one.gram = None if one.gram is None else next(found)
             if path in self._moments:
-                self._moments[path].add_sums(one)
+                self._moments[path].add_sums(sums)
             else:
-                self._moments[path] = one
+                self._moments[path] = sums
 
     def _add_gates(self, path: str, part: slice, product: torch.Tensor, factor: float) -> None:
         count = part.stop - part.start
@@ -404,10 +384,6 @@ class _Watch(Collector):
 
     def _finish(self, groups: Sequence[Group]) -> None:
         """Apply the formula to groups that will see no more tokens, and drop what they saw."""
-        if not self.processes.is_first:
-            for group in groups:
-                self._gates.pop(group.name, None)
-            return
         left = [group for group in groups if group.name not in self.found]
         consumers = {group.name: self._consumers.get(group.name, ()) for group in left}
         for group in left:

@@ -18,7 +18,6 @@ from llm_pruner.importance.taylor import Sums, reduced, taylor_sums
 from llm_pruner.models.activation_store import HiddenStates
 from llm_pruner.models.forward import token_ids, undisturbed
 from llm_pruner.models.streaming import values_of
-from llm_pruner.runtime.processes import ALONE, Processes
 from llm_pruner.settings.options import near
 from llm_pruner.tracing.provenance import put_back, spaces_of
 from llm_pruner.tracing.run import changed_since
@@ -33,7 +32,6 @@ def score(
     input_ids: torch.Tensor | None,
     seed: int,
     groups: Collection[str] | None = None,
-    processes: Processes = ALONE,
     keep: HiddenStates | None = None,
 ) -> dict[str, FloatArray]:
     """Return the importance of every unit; higher means keep.
@@ -54,8 +52,6 @@ def score(
             read no text.
         seed: of ``random``.
         groups: names of the groups to score; None scores all that are not frozen.
-        processes: those that share the samples and call this alike. The first one returns what one
-            process alone would, to the last bit; the others may return nothing.
         keep: is given the hidden states between the blocks.
 
     Returns:
@@ -72,9 +68,9 @@ def score(
         return {group.name: _random(group, seed) for group in chosen}
     with put_back(spaces_of(model)):  # what it makes when it is first run, too
         if criterion.name in MEASURES:
-            with _seen(model, input_ids, criterion.name) as ids, processes.telling():
+            with _seen(model, input_ids, criterion.name) as ids:
                 how = MEASURES[criterion.name]
-                scores = measure(model, ids, chosen, how, processes, keep)
+                scores = measure(model, ids, chosen, how, keep)
             for name, found in scores.items():
                 if not np.isfinite(found).all():
                     raise UserError(
@@ -84,11 +80,9 @@ def score(
             return scores
         parameters = _scored_parameters(model, chosen)
         if criterion.name == "taylor":
-            with _seen(model, input_ids, criterion.name) as ids, processes.telling():
-                about = (model, parameters, criterion, ids, processes, keep)
+            with _seen(model, input_ids, criterion.name) as ids:
+                about = (model, parameters, criterion, ids, keep)
                 sums = taylor_sums(*about) if parameters else {}
-            if not processes.is_first:
-                return {}
         else:
             sums = _magnitude_sums(parameters, criterion.name)
         _require_finite(sums, criterion)

@@ -18,7 +18,6 @@ from llm_pruner.importance.collector import Collector
 from llm_pruner.importance.criteria import Criterion
 from llm_pruner.models.activation_store import HiddenStates
 from llm_pruner.models.blockwise import NotBlockwise, find_chain
-from llm_pruner.runtime.processes import Processes
 from llm_pruner.types import FloatArray
 
 _LOG = logging.getLogger(__name__)
@@ -52,19 +51,18 @@ def taylor_sums(
     parameters: Mapping[str, nn.Parameter],
     criterion: Criterion,
     input_ids: torch.Tensor,
-    processes: Processes,
     keep: HiddenStates | None,
 ) -> dict[str, Sums]:
-    """Return the sums of the criterion's term over each tensor; nothing but in the first process.
+    """Return the sums of the criterion's term over each tensor.
 
     Args:
         model: in eval mode, with no parameter that requires a gradient.
         parameters: those wanted, by name.
         criterion: of the name ``taylor``.
         input_ids: shape (samples, seq_len), on the model's device.
-        processes, keep: see ``score``.
+        keep: see ``score``.
     """
-    sums = _TaylorSums(parameters, criterion, len(input_ids), processes, keep)
+    sums = _TaylorSums(parameters, criterion, len(input_ids), keep)
     try:
         chain = find_chain(model, input_ids, parameters)
     except NotBlockwise as reason:
@@ -80,7 +78,7 @@ class _TaylorSums(Collector):
     They are float32 or wider. A block's are reduced and forgotten once its last sample is through.
 
     Attributes:
-        found: tensor -> sums of its term; in the first process.
+        found: tensor -> sums of its term.
     """
 
     def __init__(
@@ -88,14 +86,12 @@ class _TaylorSums(Collector):
         parameters: Mapping[str, nn.Parameter],
         criterion: Criterion,
         samples: int,
-        processes: Processes,
         keep: HiddenStates | None,
     ) -> None:
         super().__init__(
             parameters,
             together=criterion.order == "first",  # which adds up; a square is of one sample
             label="importance",
-            processes=processes,
             keep=keep,
         )
         self._criterion, self._samples = criterion, samples
@@ -128,21 +124,21 @@ class _TaylorSums(Collector):
             square.addcmul_(exact, exact, value=factor * factor)
 
     @torch.no_grad()
-    def add_up(self, block: int | None, names: Iterable[str], batch: slice, owner: int) -> None:  # noqa: ARG002
-        """Add what a batch gave, which a process has run, to what those before it gave."""
+    def add_up(self, block: int | None, names: Iterable[str], batch: slice) -> None:  # noqa: ARG002
+        """Add the sums of a batch to those before it."""
         both = ((self._batch_first, self._first), (self._batch_second, self._second))
-        asked = {"first": both[:1], "second": both[1:]}.get(self._criterion.order, both)
-        wanted = [(name, *sums) for sums in asked for name in names]
-        given = [self._so_far(sums, name) for name, sums, _ in wanted]
-        found = self.processes.hand_in(owner, given)
-        for (name, _, before), one in zip(wanted, found, strict=False):
-            before[name] = before[name].add_(one) if name in before else one
+        for found, before in {"first": both[:1], "second": both[1:]}.get(
+            self._criterion.order, both
+        ):
+            for name in names:
+                one = self._so_far(found, name)
+                before[name] = before[name].add_(one) if name in before else one
         self._batch_first, self._batch_second = {}, {}
 
     @torch.no_grad()
     def finished(self, block: int | None, names: Iterable[str]) -> None:  # noqa: ARG002
         """Reduce the terms of these tensors."""
-        for name in names if self.processes.is_first else ():
+        for name in names:
             term = self._term(name, self.parameters[name].detach()).div_(self._samples)
             if self._criterion.reduction == "element":
                 term.abs_()

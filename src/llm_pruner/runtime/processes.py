@@ -75,46 +75,6 @@ class Processes:
         """Wait until all processes are here."""
         self.sums([0.0])
 
-    def hand_in(self, owner: int, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return, in the first process, tensors that ``owner`` has made; in the others nothing.
-
-        Each must have some of the same shapes and types. UserError says why the owner could not.
-        """
-        if owner == 0:
-            return [*tensors] if self.is_first else []
-        there = PartialState().device
-        if self.rank == owner:
-            self._send(torch.zeros(1, dtype=torch.int64, device="cpu"))
-            for one in tensors:
-                self._send(one)
-        if not self.is_first:
-            return []
-        failed = torch.zeros(1, dtype=torch.int64, device=there)
-        distributed.recv(failed, owner)
-        if int(failed):
-            message = torch.zeros(int(failed), dtype=torch.uint8, device=there)
-            distributed.recv(message, owner)
-            raise UserError(bytes(message.tolist()).decode())
-        found = [torch.empty_like(one, device=there).contiguous() for one in tensors]
-        for one in found:
-            distributed.recv(one, owner)
-        return [one.to(like.device) for one, like in zip(found, tensors, strict=True)]
-
-    @contextmanager
-    def telling(self) -> Iterator[None]:
-        """Have the first process raise what another one raises, when it waits for this one."""
-        try:
-            yield
-        except UserError as error:
-            if not self.is_first:
-                message = torch.tensor([*str(error).encode()], dtype=torch.uint8, device="cpu")
-                self._send(torch.tensor([len(message)], device="cpu"))
-                self._send(message)
-            raise
-
-    def _send(self, tensor: torch.Tensor) -> None:
-        distributed.send(tensor.detach().to(PartialState().device).contiguous(), 0)
-
     @contextmanager
     def first(self) -> Iterator[None]:
         """Have the first process run the block before the others; they fail alike."""
