@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +32,6 @@ from llm_pruner.settings.common import ModelSettings
 from task_data import write_own_task, write_records, write_tasks
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
-
-ROOT = Path(__file__).parents[2]
-SOURCES = Path(llm_pruner.__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -129,34 +123,6 @@ def test_definitions_are_those_of_the_harness(task: str, data: Path) -> None:
     split = own.get("test_split") or own["validation_split"]
     assert [definition[key] for key in splits & definition.keys()] == [split]
     assert definition["custom_dataset"]()[split].to_list() == read_task(data, task)
-
-
-def test_other_programs_load_pruned_checkpoints(models: dict[str, Path], tmp_path: Path) -> None:
-    """A process that never names the package: PyTorch runs its entry point."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    group = re.search(r'\[project\.entry-points\."torch\.backends"\]\n(\w+) = "(.+)"', text)
-    assert group is not None
-    installed = tmp_path / "site" / "entry-1.dist-info"
-    installed.mkdir(parents=True)
-    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: entry\nVersion: 1\n")
-    (installed / "entry_points.txt").write_text(f"[torch.backends]\n{group[1]} = {group[2]}\n")
-    code = (
-        "from lm_eval.models.huggingface import HFLM\n"
-        f"lm = HFLM({str(models['pruned'])!r}, device='cpu', dtype='float32')\n"
-        "layers = lm.model.model.layers\n"
-        "print(len({layer.mlp.gate_proj.out_features for layer in layers}))"
-    )
-    paths = os.pathsep.join([str(installed.parent), str(SOURCES)])
-    environment = {**os.environ, "PYTHONPATH": paths, "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}
-    ran = subprocess.run(
-        [sys.executable, "-W", "error:llm-pruner", "-c", code],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert int(ran.stdout.split()[-1]) > 1
 
 
 # What is reported.
