@@ -167,8 +167,9 @@ def _parameters(kind: type[Settings]) -> list[tuple[str, Any]]:
 
 
 def _typed(shape: Any, *flags: str, words: str, option: Option) -> Any:
-    how = {"metavar": option.metavar, "help": words, "rich_help_panel": option.panel}
-    return Annotated[shape | None, typer.Option(*flags, **how, show_default=False)]
+    how: dict[str, Any] = {"metavar": option.metavar, "help": words}
+    how |= {"rich_help_panel": option.panel, "show_default": False}
+    return Annotated[shape | None, typer.Option(*flags, **how)]
 
 
 def _words(name: str, field: FieldInfo, preset: dict[str, Any]) -> str:
