@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 from llm_pruner.cli.output import Screen, hand_over, warn
@@ -40,17 +39,14 @@ def run(settings: EvaluateSettings, json: str | None) -> None:
     for warning in shared_corpora(settings.model, settings.perplexity, settings.revision):
         warn(warning)
     found = measure(settings)
-    hand_over(found, json, show, partial(_add, found, settings))
+    hand_over(found, json, show)
+    if settings.report is not None:
+        from llm_pruner.report.write import add_evaluation
 
-
-def _add(found: Measured, settings: EvaluateSettings) -> str | None:
-    """Add it to the report, if there is one; return words that say so."""
-    if settings.report is None:
-        return None
-    from llm_pruner.report.write import add_evaluation
-
-    add_evaluation(settings.report, found, settings.model)
-    return f"added to {clean(str(settings.report / 'report.html'))}"
+        add_evaluation(settings.report, found, settings.model)
+        if json != "-":
+            added = settings.report / "report.html"
+            Screen().print(f"added to {clean(str(added))}", soft_wrap=True)
 
 
 def show(found: Measured) -> None:

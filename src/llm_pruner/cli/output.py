@@ -105,31 +105,11 @@ def write_json(record: Any, file: str | None) -> None:
         placed.append(expanded(file))
 
 
-def hand_over(
-    record: T,
-    json: str | None,
-    show: Callable[[T], None],
-    keep: Callable[[], str | None] = lambda: None,
-) -> None:
-    """Write what a command returned for scripts, keep it, and print it unless JSON is printed.
-
-    Whoever reads what is printed may stop (``| head``), which ends the command: it comes last.
-
-    Args:
-        keep: does whatever else is to be done with it; returns what is said of that at the end.
-    """
-    said = None
+def hand_over(record: T, json: str | None, show: Callable[[T], None]) -> None:
+    """Write what a command returned for scripts, and print it unless JSON is printed."""
+    write_json(record, json)
     if json != "-":
-        write_json(record, json)
-    try:
-        said = keep()
-    finally:
-        if json == "-":
-            write_json(record, json)
-        else:
-            show(record)
-    if said is not None and json != "-":
-        Screen().print(said, soft_wrap=True)
+        show(record)
 
 
 def command_line() -> str:
