@@ -427,7 +427,12 @@ def recover_(
         UserError: the data cannot be read, or does not do for the model, or there is no tokenizer.
     """
     # What trains is imported when it is used: other steps do without peft.
-    from llm_pruner.commands.recover import as_teacher, check_data, make_samples, read_examples
+    from llm_pruner.commands.recover_start import (
+        as_teacher,
+        check_data,
+        make_samples,
+        read_examples,
+    )
     from llm_pruner.recovery import recover_ as train_
 
     said = {"model": model.loaded.name, "out": _NEW, "data": (str(data),)}
@@ -452,7 +457,7 @@ def recover_(
             [one for each in samples for one in each.held_out],
             asked,
             work=work,
-            folder=None,
+            keeps=False,
             as_saved_=partial(round_, dtype=model.loaded.stored_dtype),
             **trainer,
         )

@@ -32,7 +32,6 @@ from llm_pruner.commands import abilities, evaluate
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
 from llm_pruner.models.load import load_model
-from llm_pruner.recovery import checkpoint as state
 from llm_pruner.report.data import read_report
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.evaluate import EvaluateSettings
@@ -303,28 +302,6 @@ def test_reports_are_read_or_refused_in_one_line(report: Any, tmp_path: Path) ->
     file = tmp_path / "report.json"
     file.write_text(json.dumps(report))
     assert refused_in_one_line(lambda: read_report(file)) == ("settings" not in report)
-
-
-@pytest.mark.parametrize(
-    "values", ["[1]", "3", "[" * 10**5, '{"run": {}}', '{"run": {"evaluations": 3}}']
-)
-def test_states_of_interrupted_runs(values: str, tmp_path: Path) -> None:
-    from llm_pruner.recovery.trainer import RunState
-
-    (tmp_path / "state.json").write_text(values)
-    with pytest.raises(UserError, match="restart"):
-        RunState.from_json(state.read_values(tmp_path)["run"])
-
-
-def test_states_of_optimizers_and_random_generators(tmp_path: Path) -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))])
-    state.write_tensors(tmp_path / "optimizer.safetensors", {"7.x": torch.zeros(2)})
-    for rest in ({}, {"plain": {"x": {}}, "groups": []}, {"plain": {}, "groups": []}):
-        with pytest.raises(UserError, match="restart"):
-            state.read_optimizer_(tmp_path, rest, optimizer)
-    state.write_random(tmp_path)
-    with pytest.raises(UserError, match="restart"):
-        state.read_random(tmp_path, {"numpy": [0, 0], "python": []})
 
 
 # Which files are read, and whose code runs.

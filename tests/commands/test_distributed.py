@@ -40,13 +40,11 @@ import os
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 import llm_pruner.recovery.run as recovery
-from llm_pruner.runtime import processes
 from llm_pruner.recovery.trainer import RecoveryTrainer
 from two_processes import carry_out
 
 plain, place = PartialState._prepare_backend, PartialState.set_device
 step, micro_tokens = RecoveryTrainer.training_step, recovery.micro_tokens
-gpus = processes.gpus
 
 def prepare(command):
     kinds = set()
@@ -69,7 +67,6 @@ def prepare(command):
     PartialState.set_device = (
         (lambda self: setattr(self, "device", torch.device("cpu"))) if sharded else place
     )
-    processes.gpus = (lambda: 2) if sharded else gpus
     return lambda: ["DTensor" in kinds]
 
 carry_out(prepare)

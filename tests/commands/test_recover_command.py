@@ -12,13 +12,11 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-import llm_pruner.data.selfmade
 from command import WORDS, done, interrupt, refused, run, save_tiny, write_text
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.commands import recover as recovering
-from llm_pruner.commands import workdir
+from llm_pruner.commands import recover_start, workdir
 from llm_pruner.data.examples import Example, Examples
-from llm_pruner.data.selfmade import write_windows
 from llm_pruner.data.training import split_samples
 from llm_pruner.errors import UserError
 from llm_pruner.models.load import load_model
@@ -216,7 +214,7 @@ def test_beside_adapters_weights_have_the_type_of_the_checkpoint(
     wanted: list[str],
 ) -> None:
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda _: fast)
-    monkeypatch.setattr(recovering, "free_bytes", lambda _: free)
+    monkeypatch.setattr(recover_start, "free_bytes", lambda _: free)
     settings = RecoverSettings(
         model=str(halves), teacher=str(made / "dense"), out=Path("o"), data="t.txt", **options
     )
@@ -226,16 +224,6 @@ def test_beside_adapters_weights_have_the_type_of_the_checkpoint(
     said = ["do not fit into the free memory: the model is computed in bfloat16"]
     short = not fast and free < 10**9
     assert [text in one for one in caplog.messages for text in said] == [True] * short
-
-
-def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recovering, "stored_size", lambda *_: (1, 600))
-    monkeypatch.setattr(recovering, "free_bytes", lambda _: 1000)
-    models = [RecoverSettings(model="m", out=Path("o"), data="t.txt")]
-    short = [recovering._is_short(models, "cpu")]
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    short += [recovering._is_short(models, "cpu"), recovering._is_short(models, "cuda:1")]
-    assert short == [False, True, False]
 
 
 @pytest.fixture
@@ -251,23 +239,6 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     return seen
 
 
-def test_adapters_on_weights_in_half_precision(
-    work: Path,
-    made: Path,
-    halves: Path,
-    seen: list[torch.dtype],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda _: True)
-    options = ("--data", made / "rows.jsonl", "--teacher", halves, *QUICK, "--json", "-")
-    found = json.loads(done("recover", halves, "--out", "better", *options).out)
-    assert seen == [torch.bfloat16]
-    assert found["gained"]
-    assert found["packed"]
-    saved = load_file("better/model.safetensors")
-    assert {one.dtype for one in saved.values()} == {torch.bfloat16}
-
-
 def test_a_run_goes_on_in_its_types_and_with_less_memory(
     work: Path,
     made: Path,
@@ -279,7 +250,7 @@ def test_a_run_goes_on_in_its_types_and_with_less_memory(
     data = ("--data", made / "rows.jsonl", *QUICK, "--trainer", "bf16=false")
     command = ("recover", halves, "--out", "better", *data)
     with monkeypatch.context() as patch:
-        patch.setattr(recovering, "free_bytes", lambda _: 0)
+        patch.setattr(recover_start, "free_bytes", lambda _: 0)
         interrupt(patch, RecoveryTrainer, "training_step", 4)
         assert run(*command).code == 130
     said = refused(*command, "--resume", "--dtype", "bfloat16")
@@ -289,18 +260,6 @@ def test_a_run_goes_on_in_its_types_and_with_less_memory(
     # The way out of a memory that was full; nothing else is changed by it.
     done(*command, "--resume", "--trainer", "gradient_checkpointing=true")
     assert seen == [torch.bfloat16] * 2
-
-
-def test_what_is_scored_is_what_is_saved(work: Path, made: Path, halves: Path) -> None:
-    # Steps of this size are smaller than what bfloat16 tells apart, so most of them are lost.
-    training = ("--method", "full", "--learning-rate", 2e-5, "--trainer", "bf16=false", *QUICK)
-    command = ("recover", halves, "--out", "better", "--data", made / "rows.jsonl", *training)
-    corpus = ("--perplexity", "demo", "--perplexity-seq-len", 512)
-    result = json.loads(done(*command, *corpus, "--json", "-").out)
-    assert result["gained"]
-    saved = done("evaluate", "better", *corpus[:2], "--seq-len", 512, "--json", "-")
-    wanted = json.loads(saved.out)["perplexity"][0]["perplexity"]
-    assert result["perplexity"][0]["after"]["perplexity"] == pytest.approx(wanted, rel=1e-6)
 
 
 def test_an_interruption_says_how_to_go_on(
@@ -343,50 +302,6 @@ def test_self_made_text_trains_a_student(work: Path, made: Path) -> None:
     )
     (source,) = json.loads(result.out)["sources"]
     assert (source["name"], source["train_samples"], source["held_out_samples"]) == ("self", 29, 1)
-
-
-def test_a_student_learns_on_what_it_writes_itself(work: Path, made: Path) -> None:
-    options = ("--data", "pruned", "--teacher", made / "dense", "--samples", 30, "--seq-len", 24)
-    options = (*options, "--distill-weight", 1, "--teacher-cache", "cache", "--learning-rate", 1e-5)
-    result = done("recover", made / "small", "--out", "better", *options, "--json", "-")
-    found = json.loads(result.out)
-    (source,) = found["sources"]
-    assert source["name"] == "pruned"
-    assert (source["train_samples"], source["held_out_samples"]) == (29, 1)
-    assert found["loss"]["after"] < found["loss"]["before"] < 1  # nats from the dense model
-    (kept,) = Path("cache").glob("pruned-*/24-0-00000.safetensors")
-    text = load_file(kept)["input_ids"]
-    size: dict[str, Any] = {"samples": 64, "seq_len": 24, "seed": 0}
-    student = load_model(str(made / "small"))
-    assert torch.equal(text, write_windows(student.model, student.tokenizer, **size))
-    assert "29 texts that it wrote itself" in Path("better/README.md").read_text()
-
-
-def test_what_the_student_wrote_is_no_strange_file_of_a_run(
-    work: Path, made: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = ("--data", "pruned", "--teacher", made / "dense", "--samples", 30, "--seq-len", 24)
-    options = (*options, "--distill-weight", 1, "--trainer", "max_steps=2")
-    with monkeypatch.context() as patch:
-        interrupt(patch, recovering, "recover_")
-        assert run("recover", made / "small", "--out", "better", *options).code == 130
-    assert list(Path("better.recovering").glob("pruned-*"))
-    done("recover", made / "small", "--out", "better", *options, "--resume")
-    assert [path.name for path in work.iterdir()] == ["better"]
-
-
-def test_what_the_teacher_wrote_is_kept_for_other_runs(
-    work: Path, made: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = ("--data", "self", "--teacher", made / "dense", "--samples", 30, "--seq-len", 24)
-    options = (*options, "--teacher-cache", "cache", "--trainer", "max_steps=2")
-    done("recover", made / "small", "--out", "one", *options)
-
-    def write(*_: object, **__: object) -> None:
-        raise AssertionError("it wrote again")
-
-    monkeypatch.setattr(llm_pruner.data.selfmade, "write_windows", write)
-    done("recover", made / "small", "--out", "two", *options, "--distill-weight", 0)
 
 
 def test_what_a_teacher_says_in_another_type_is_kept_apart(
@@ -458,17 +373,6 @@ def test_an_interrupted_run_goes_on_with_its_own_samples(tmp_path: Path) -> None
         begin(WORDS.upper() * 20, 2)
 
 
-def test_of_several_sources_only_self_has_the_number_that_was_written(tmp_path: Path) -> None:
-    model: Any = SimpleNamespace(model=tiny_model(), tokenizer=tiny_tokenizer(), fingerprint="x")
-    examples = {"rows.jsonl": Examples(tuple(Example(text=f"{n}") for n in range(99)), "", None)}
-    sizes = {"seq_len": 8, "self_samples": 20, "held_out": 1}
-    settings = RecoverSettings(
-        model="m", out=tmp_path, data=("self", "rows.jsonl"), teacher="m", **sizes
-    )
-    made = recovering.make_samples(settings, tmp_path, model, model, examples)
-    assert [len(one.train) for one in made] == [19, 98]
-
-
 def test_what_does_not_fit_the_model_is_refused(work: Path, made: Path) -> None:
     data = ("--data", made / "rows.jsonl")
     small = made / "small"
@@ -512,46 +416,6 @@ def test_a_teacher_of_another_vocabulary_is_refused(work: Path, made: Path) -> N
     )
 
 
-@pytest.mark.parametrize(
-    ("variables", "options", "said"),
-    [
-        ({}, [], "WORLD_SIZE says that 2 processes were started, and they cannot meet ("),
-        ({}, ["--device", "cuda:0"], "--device cuda:0 is one device, and several processes were"),
-        (
-            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"},
-            [],
-            "recover trains with FSDP version 2; add --fsdp_version 2",
-        ),
-        (
-            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
-            [],
-            "FSDP2 needs a GPU for each process; without, start with torchrun",
-        ),
-        (
-            {"ACCELERATE_USE_DEEPSPEED": "true"},
-            [],
-            "several processes work with DDP or FSDP2, and DeepSpeed was asked for; ",
-        ),
-    ],
-)
-def test_processes_that_cannot_train_together_are_refused(
-    work: Path,
-    made: Path,
-    unloaded: None,
-    monkeypatch: pytest.MonkeyPatch,
-    variables: dict[str, str],
-    options: list[str],
-    said: str,
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    data = ("--data", made / "rows.jsonl")
-    assert refused("recover", "any/model", "--out", "out", *data, *options).startswith(said)
-
-
 def test_a_model_that_was_not_pruned_says_so(work: Path, made: Path) -> None:
     options = ("--data", made / "rows.jsonl", *QUICK, "--perplexity", "demo")
     done("recover", made / "dense", "--out", "better", *options, "--perplexity-seq-len", 512)
@@ -561,12 +425,3 @@ def test_a_model_that_was_not_pruned_says_so(work: Path, made: Path) -> None:
     assert "<h1>dense, recovered</h1>" in page
     assert "dense was recovered by LoRA of rank 8 on 57 samples of rows.jsonl, 4 steps." in page
     assert "pruned" not in page.split("<footer>")[0].split("<body>")[1]
-
-
-def test_without_a_gain_it_still_was_not_pruned(work: Path, made: Path) -> None:
-    still = ("--learning-rate", 1e-30, "--perplexity", "demo", "--perplexity-seq-len", 512)
-    options = ("--data", made / "rows.jsonl", *QUICK, *still)
-    done("recover", made / "dense", "--out", "better", *options)
-    report = read_report(Path("better/report.json"))
-    assert list(report.evaluations) == ["dense"]
-    assert "pruned" not in Path("better/README.md").read_text()

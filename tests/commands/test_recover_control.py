@@ -12,12 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from command import done, refused, run, save_tiny
-from helpers import tiny_model
+from command import done, run, save_tiny
 from llm_pruner.commands import recover as recovering
 from llm_pruner.report.data import read_report
 from llm_pruner.report.text import measured
-from trained_tokenizers import with_bytes
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("here")]
 
@@ -187,25 +185,3 @@ def test_an_interrupted_control_goes_on(better: dict[str, Any]) -> None:
     assert "step 2 of 4" not in late["err"]  # of neither
     assert late["control"] == better["control"]
     assert all(torch.equal(one, weights("better")[name]) for name, one in weights("late").items())
-
-
-def test_a_teacher_that_is_the_control_is_loaded_once_beside_what_trains(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    load, loaded = recovering.load_teacher, []
-
-    def counted(*given: Any) -> Any:
-        loaded.append(given)
-        return load(*given)
-
-    monkeypatch.setattr(recovering, "load_teacher", counted)
-    found = recover("twice", "--trainer", "max_steps=2", "--control", "dense", "--teacher", "dense")
-    assert found["control"]["texts"][0]["pruned"]["divergence"]["kl"] > 0
-    assert len(loaded) == 2
-
-
-def test_what_is_no_control() -> None:
-    tiny_model("llama", vocab_size=500).save_pretrained("other")
-    with_bytes().save_pretrained("other")
-    said = refused("recover", "small", "--out", "x", *TEXTS, *QUICK, "--control", "other")
-    assert "other has another vocabulary (500 tokens) than small" in said

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from llm_pruner.data.training import (
     held_out_windows,
     self_made_samples,
     split_samples,
-    without_held_out,
 )
 from llm_pruner.errors import UserError
 from trained_tokenizers import MADE, byte_level
@@ -123,11 +121,6 @@ def test_schemas(tmp_path: Path, row: dict[str, Any], wanted: Example) -> None:
     assert found.examples == (wanted,)
 
 
-def test_windows_may_be_shorter_than_a_rest_that_is_left_out() -> None:
-    sequences = encode_examples([Example(text="x" * 20)], tiny_tokenizer(), seq_len=4)
-    assert sum(one.targets for one in sequences) > 10
-
-
 def test_hub_rows_come_with_all_their_fields(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -167,16 +160,6 @@ def test_an_empty_field_says_nothing_of_the_others(tmp_path: Path) -> None:
         load_examples(write(tmp_path / "rows.jsonl", rows))
     with pytest.raises(UserError, match=r"which field holds its text \(fields: id, content\)"):
         load_examples(write(tmp_path / "rows.jsonl", [{"id": "a", "content": "b"}]))
-
-
-def test_an_empty_chat_says_nothing_of_the_others(tmp_path: Path) -> None:
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rows = [{"id": "x", "messages": []}, {"id": "y", "messages": turns}]
-    (found,) = load_examples(write(tmp_path / "rows.jsonl", rows)).examples
-    assert found == Example((Turn("user", "a"), Turn("assistant", "b")))
-    rows[0] = {"id": "x"}
-    with pytest.raises(UserError, match="record 1 has no list 'messages'"):
-        load_examples(write(tmp_path / "rows.jsonl", rows))
 
 
 def test_a_chat_alone_in_a_file(tmp_path: Path) -> None:
@@ -360,14 +343,6 @@ def test_a_chat_that_is_rejected_is_named(tmp_path: Path) -> None:
         encode_examples(examples, chat_tokenizer(strict + TEMPLATE), seq_len=99)
 
 
-def test_an_answer_that_begins_with_a_space_where_a_thought_is_opened() -> None:
-    template = TEMPLATE.replace("%}<assistant>{", "%}<assistant><think>{")
-    chat = Example((Turn("user", "So?"), Turn("assistant", "\n\nYes.")))
-    tokenizer = chat_tokenizer(template)
-    (one,) = encode_examples([chat], tokenizer, seq_len=99, mask_prompt=True)
-    assert learned(one, tokenizer) == "\n\nYes.</s>"
-
-
 def test_text_is_cut_into_windows_that_miss_nothing() -> None:
     tokenizer = tiny_tokenizer()
     text = (WORDS * 4)[:250]
@@ -396,9 +371,7 @@ def test_held_out_examples_are_never_trained_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [15, 40])
-def test_what_is_alike_as_far_as_it_is_read_is_not_trained_on(
-    count: int, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_is_alike_as_far_as_it_is_read_is_not_trained_on(count: int) -> None:
     """Texts that begin alike, as code of one licence does, and chats that the length cuts."""
     tokenizer = tiny_tokenizer()
     rows = tuple(Example(text=f"{'x' * 31}{n:3}{n + 1:29}") for n in range(count))
@@ -406,13 +379,11 @@ def test_what_is_alike_as_far_as_it_is_read_is_not_trained_on(
     spelled = [{one.input_ids.tobytes() for one in part} for part in (made.train, made.held_out)]
     assert spelled[0]
     assert not spelled[0] & spelled[1]
-    assert not caplog.records
     made = split_samples(Examples(rows, "a", None), tokenizer, seq_len=32, held_out=count // 2)
     assert made.train
     alike = tuple(Example(text=f"{'x' * 31}{n:3}") for n in range(count))
     made = split_samples(Examples(alike, "a", None), tokenizer, seq_len=32)
     assert made.train
-    assert "as far as it is read" in caplog.text
 
 
 def test_of_long_texts_that_are_held_out_the_beginnings_are_scored() -> None:
@@ -424,51 +395,6 @@ def test_of_long_texts_that_are_held_out_the_beginnings_are_scored() -> None:
     assert len(made.held_out) == 3 * 85
     few = split_samples(Examples(rows, "a", None), tiny_tokenizer(), seq_len=9, held_out=50)
     assert (len(few.train), len(few.held_out)) == (10 * each, 50 * 5)
-
-
-def test_no_more_of_a_long_text_is_read_than_is_used() -> None:
-    read = []
-
-    class Counting(_WithoutPlaces):
-        def __call__(self, text: str, **options: Any) -> Any:
-            read.append(len(text))
-            return super().__call__(text, **options)
-
-    examples = Examples((Example(text=WORDS * 900),), "a", None)
-    made = split_samples(examples, Counting(tiny_tokenizer()), seq_len=9, limit=20)
-    assert len(made.train) + len(made.held_out) == 20
-    assert max(read) == 16 * 9 * 20
-    whole = split_samples(examples, tiny_tokenizer(), seq_len=9)
-    assert fingerprint_samples(whole.train[:19]) == fingerprint_samples(made.train)
-
-
-def test_what_one_source_holds_out_no_other_trains_on() -> None:
-    tokenizer, texts = tiny_tokenizer(), [Example(text=f"number {n} {WORDS}") for n in range(40)]
-    sources = [Examples(tuple(one), name, None) for name, one in (("a", texts), ("b", texts[::-1]))]
-    made = [split_samples(one, tokenizer, seq_len=200) for one in sources]
-    spelled = {whole(one, tokenizer) for each in made for one in each.held_out}
-    assert spelled & {whole(one, tokenizer) for each in made for one in each.train}
-    kept = without_held_out(made)
-    assert [each.held_out for each in kept] == [each.held_out for each in made]
-    trained = [{whole(one, tokenizer) for one in each.train} for each in kept]
-    assert not spelled & (trained[0] | trained[1])
-    assert len(trained[0] | trained[1]) == 40 - len(spelled)
-    halves = [replace(made[0], train=made[1].held_out), replace(made[1], train=made[0].held_out)]
-    with pytest.raises(UserError, match="so none is left to train on; name each text once"):
-        without_held_out(halves)
-
-
-def test_what_is_alike_once_it_is_cut_is_not_trained_on() -> None:
-    """Such as what stands behind a long system prompt."""
-    rows = tuple(
-        Example((Turn("user", f"{WORDS * 9 if n % 2 else ''}{n}"), Turn("assistant", "yes")))
-        for n in range(40)
-    )
-    made = split_samples(Examples(rows, "a", None), tiny_tokenizer(), seq_len=200, held_out=10)
-    judged = {one.input_ids.tobytes() for one in made.held_out}
-    assert len(judged) < 10  # some are alike
-    assert not judged & {one.input_ids.tobytes() for one in made.train}
-    assert len(made.train) >= 10
 
 
 def test_examples_with_nothing_to_learn_are_not_held_out() -> None:
@@ -495,13 +421,6 @@ def test_held_out_samples_as_windows() -> None:
     ]
     assert held_out_windows([samples(3)], 512).tolist() == [[3, 3, 3]]
     assert held_out_windows([samples(30_000), samples(9)], 4096).shape == (2, 4096)
-
-
-def test_a_start_token_begins_held_out_windows_and_is_nowhere_in_them() -> None:
-    held_out = [make_sequence(ids, [True] * len(ids), 0) for ids in ([1, 5, 6], [1, 7, 8], [9])]
-    samples = [Samples("text", None, [], held_out)]
-    assert held_out_windows(samples, 3, (1,)).tolist() == [[1, 5, 6], [1, 7, 8]]
-    assert held_out_windows(samples, 512, (1,)).tolist() == [[1, 5, 6, 7, 8, 9]]
 
 
 def test_text_of_the_model_is_written_once_and_continued(tmp_path: Path) -> None:

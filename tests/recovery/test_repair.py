@@ -109,36 +109,6 @@ def test_a_weight_of_several_modules_stays_one() -> None:
     assert torch.equal(weights[0], trained.model.layers[0].mlp.up_proj.weight)
 
 
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (UserError("the model has no linear layers"), "the model has no linear layers"),
-        (
-            torch.OutOfMemoryError("CUDA out of memory.\nTried to"),
-            "the GPU has no room",
-        ),
-    ],
-)
-def test_prune_saves_what_cannot_be_repaired(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    error: Exception,
-    said: str,
-) -> None:
-    def refused(*_: Any, **__: Any) -> None:
-        raise error
-
-    monkeypatch.setattr("llm_pruner.recovery.repair_", refused)
-    dense = save_tiny(tmp_path / "dense")
-    source = write_text(tmp_path / "t.txt", 20_000)
-    read = ("--calibration", source, "--samples", 16, "--seq-len", 32, "--criterion", "l2")
-    how = ("--ratio", 0.2, *read, "--repair-minutes", 1, "--no-verify")
-    done("prune", dense, "--out", tmp_path / "small", *how)
-    assert f"no repair: {said}" in caplog.text
-    assert (tmp_path / "small/model.safetensors").exists()
-
-
 @pytest.mark.slow
 def test_prune_repairs_what_it_saves(tmp_path: Path) -> None:
     dense = save_tiny(tmp_path / "dense", num_hidden_layers=3)

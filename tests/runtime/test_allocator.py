@@ -63,12 +63,6 @@ def test_memory_of_larger_ones_is_kept_where_that_of_large_ones_is() -> None:
     assert int(faults) > 100_000
 
 
-@pytest.mark.skipif(not LINUX, reason="glibc alone")
-def test_what_the_user_set_stays() -> None:
-    assert run(MALLOC_MMAP_THRESHOLD_="1000000")[0] == "False"
-    assert run("both", MALLOC_MMAP_THRESHOLD_="1000000")[0] == "False"
-
-
 KERNELS = """
 import os
 from llm_pruner.runtime.memory import PRUNING, keep_kernels

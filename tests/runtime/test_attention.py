@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 import llm_pruner.runtime.attention as attention
-import llm_pruner.runtime.precision as precision
 from llm_pruner.runtime.attention import Block, blocks_of, by_sample
 
 SIZES = {
@@ -215,19 +214,6 @@ def test_a_model_gives_the_same(rows: Any, plain_calls: list[Any]) -> None:
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_estimates_use_it_where_products_are_in_bfloat16(
-    fast: bool, plain_calls: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: fast)
-    model = tiny("llama")
-    with precision.mixed_precision(model):
-        assert torch.is_autocast_enabled("cpu") is fast
-        run(model, input_ids=torch.randint(0, 50, (1, 13)))
-    assert len(plain_calls) == (0 if fast else 2)
-    assert not torch.is_autocast_enabled("cpu")
-
-
 def cut_by_a_window() -> tuple[Any, dict[str, torch.Tensor]]:
     return tiny("mistral", sliding_window=3), {"position_ids": positions((7, 6))}
 
@@ -254,32 +240,7 @@ def test_a_mask_that_changes_is_read_again() -> None:
     samples, mask = attention._Samples(), mask_of(positions((3, 5)))
     found = samples(mask, 1, 8)
     assert found is not None
-    assert [(one.start, one.end) for one in found] == [(0, 3), (3, 8)]
+    assert [(one.start, one.end) for one in found[0]] == [(0, 3), (3, 8)]
     assert samples(mask, 1, 8) is found
     mask[0, 0, 6, 1] = True
     assert samples(mask, 1, 8) is None
-
-
-def test_in_half_precision_it_is_as_exact() -> None:
-    model, places = tiny("llama", initializer_range=0.2), positions((40, 24), (64,))
-    given = {"input_ids": torch.randint(0, 50, places.shape), "position_ids": places}
-    exact, _ = run(model, **given)
-    with torch.autocast("cpu", torch.bfloat16):
-        plain, _ = run(model, **given)
-        with by_sample():
-            found, _ = run(model, **given)
-    error, least = ((one.float() - exact).norm() for one in (found, plain))
-    assert error < 1.5 * least
-
-
-def test_what_was_there_is_put_back() -> None:
-    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-    def fail() -> None:
-        with by_sample():
-            assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not plain
-            raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError, match="stop"):
-        fail()
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is plain

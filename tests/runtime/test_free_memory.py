@@ -37,11 +37,3 @@ def test_the_least_limit_of_a_group_and_those_above_it_holds(controls: Path) -> 
     assert memory.free_bytes("cpu") == 6501  # files that it would give up are free
     group(controls / "fs/jobs/one", names, ("4000", 900))
     assert memory.free_bytes("cpu") == 3101
-
-
-def test_limits_of_the_older_kind(controls: Path) -> None:
-    names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-    (controls / "cgroup").write_text("5:cpu:/jobs\n4:memory:/seen/from/outside\n0::/\n")
-    group(controls / "fs/memory", names, ("2000", 800))  # in a container: its own is the root
-    group(controls / "fs/cpu/jobs", names, ("1", 1))
-    assert memory.free_bytes("cpu") == 1201

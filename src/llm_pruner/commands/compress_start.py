@@ -8,9 +8,7 @@ from typing import Any
 from llm_pruner.commands.abilities import prepare_tasks
 from llm_pruner.commands.evaluate import read_texts
 from llm_pruner.commands.prune_start import check_space, criterion_of, target_of
-from llm_pruner.commands.recover import (
-    read_examples,
-)
+from llm_pruner.commands.recover_start import read_examples
 from llm_pruner.commands.workdir import (
     content,
     contents,

@@ -201,7 +201,9 @@ def read_values(file: Path, kind: Any = dict[str, Any]) -> Any:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, LookupError) as error:
-        raise UserError(f"{file} is damaged; begin anew with --set restart=true") from error
+        raise UserError(
+            f"{file} is damaged; begin anew (--set restart=true; recover: --overwrite)"
+        ) from error
 
 
 def peak_memory() -> int:
@@ -225,5 +227,5 @@ def _require_same(found: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
         elif one != other:
             raise UserError(
                 f"the interrupted run has {name}={one} and this one {name}={other}; give the same "
-                "options and files, or begin anew with --set restart=true"
+                "options and files, or begin anew (--set restart=true; recover: --overwrite)"
             )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -15,11 +14,9 @@ import numpy.typing as npt
 import torch
 
 from llm_pruner.data.examples import Examples
-from llm_pruner.data.files import BEGINNING
 from llm_pruner.data.selfmade import write_text_cached
 from llm_pruner.data.sequences import (
     TrainingSequence,
-    check_chats,
     encode_each,
     encode_examples,
     make_sequence,
@@ -27,8 +24,6 @@ from llm_pruner.data.sequences import (
 )
 from llm_pruner.data.text import PRUNED, SELF
 from llm_pruner.errors import UserError
-
-_LOG = logging.getLogger(__name__)
 
 SELF_SAMPLES = 512
 """Texts that a model writes where nobody says how many."""
@@ -64,10 +59,9 @@ def split_samples(
 ) -> Samples:
     """Return the samples of a source, a random part of its examples held out.
 
-    Exact repeats are dropped, of samples, too, where one of them is held out, so that none of those
-    is trained on, and so is what has nothing to learn. A source of few long texts gives its last
-    windows. Of long examples that are held out only the first windows are scored, and the rest is
-    not used.
+    Exact repeats are dropped, and so is what has nothing to learn. A source of few long texts gives
+    its last windows. Of long examples that are held out only the first windows are scored, and the
+    rest is not used.
 
     Args:
         limit: use at most this many examples, drawn at random.
@@ -92,56 +86,16 @@ def split_samples(
     parts = encode_each(drawn, tokenizer, **encoding)
     count = _count(len(parts), held_out, examples.name)
     judged = [one for each in parts[:count] for one in each[: max(1, _MOST // count)]]
-    train = _trained([*chain.from_iterable(parts[count:])], judged, examples.name)
+    train = _apart([*chain.from_iterable(parts[count:])], judged)
     return Samples(examples.name, examples.split, train, judged)
 
 
-def _trained(
-    train: list[TrainingSequence], judged: list[TrainingSequence], name: str
-) -> list[TrainingSequence]:
-    """Return what is trained on, which nothing is judged by where anything else is left.
-
-    Long examples may be alike up to the last token that is kept, and so may windows of a text.
-    """
-    apart = _apart(train, judged)
-    if not apart:
-        _LOG.warning(
-            "each sample of %s to train on is the same, as far as it is read, as one that is held "
-            "out, so a gain says little; a longer seq_len tells them apart",
-            name,
-        )
-    return apart or train
-
-
-def check_samples(examples: Examples, tokenizer: Any, **encoding: Any) -> None:
-    """Raise UserError for what ``split_samples`` refuses, as far as the first examples tell."""
-    given = examples.examples
-    parts = encode_each(given[:BEGINNING], tokenizer, **encoding)
-    if len(given) < BEGINNING:
-        _count(sum(map(len, parts)), None, examples.name)
-    check_chats(given[BEGINNING:], tokenizer)
-
-
-def without_held_out(samples: Sequence[Samples]) -> list[Samples]:
-    """Return each source's samples without what others hold out; UserError if none is left."""
-    kept = []
-    for one in samples:
-        others = [each for other in samples if other is not one for each in other.held_out]
-        kept.append(replace(one, train=_apart(one.train, others)))
-    if not any(one.train for one in kept):
-        raise UserError(
-            "each sample of --data is held out from another of its sources, so none is left to "
-            "train on; name each text once"
-        )
-    return kept
-
-
 def _apart(
-    samples: Iterable[TrainingSequence], others: Iterable[TrainingSequence]
+    samples: list[TrainingSequence], others: list[TrainingSequence]
 ) -> list[TrainingSequence]:
-    """Return the samples that none of the others is equal to."""
+    """Return the samples that none of the others is equal to; all, if there are none such."""
     spelled = {one.input_ids.tobytes() for one in others}
-    return [one for one in samples if one.input_ids.tobytes() not in spelled]
+    return [one for one in samples if one.input_ids.tobytes() not in spelled] or samples
 
 
 def self_made_samples(
@@ -209,8 +163,8 @@ def _last_held_out(
     sequences: list[TrainingSequence], name: str, split: str | None, held_out: int | None
 ) -> Samples:
     count = _count(len(sequences), held_out, "self-made text" if name in (SELF, PRUNED) else name)
-    train, judged = sequences[:-count], sequences[-count:]
-    return Samples(name, split, _trained(train, judged, name), judged)
+    judged = sequences[-count:]
+    return Samples(name, split, _apart(sequences[:-count], judged), judged)
 
 
 def _count(samples: int, held_out: int | None, name: str) -> int:

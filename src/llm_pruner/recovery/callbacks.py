@@ -18,9 +18,6 @@ from llm_pruner.recovery.trainer import RecoveryTrainer, RunState
 SCORING = 0.1
 """Share of ``max_minutes`` that scores on the way may take, unless two take more."""
 
-SETTLING = 0.1
-"""Share of ``max_minutes`` after which a plan is one to be scored by."""
-
 SPARE = 0.05
 """Share of the time left that a plan keeps back for steps that are longer than those timed."""
 
@@ -54,9 +51,7 @@ class Guard(TrainerCallback):
         self._trainer, self._score, self._say = trainer, score, say
         self._run, self._settings = trainer.run, trainer.settings
         self._clock = time.monotonic()
-        self._pace = Pace()
-        self._seconds_to_step = 0.0
-        self._begun = 0.0
+        self._steps: list[float] = []  # seconds of each
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Score the model as it came, unless an earlier process did."""
@@ -65,15 +60,14 @@ class Guard(TrainerCallback):
             self._run.evaluations.append(self._evaluate(0))
         state.max_steps = self._run.total
         self._tick()
-        self._begun = self._run.seconds
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Plan, evaluate, keep, stop."""
         run, step = self._run, state.global_step
         before = run.seconds
         self._tick()
-        self._seconds_to_step = run.seconds - before
-        replanned = self._pace.add(self._seconds_to_step) and not run.planned
+        self._steps.append(run.seconds - before)
+        replanned = not run.planned and len(self._steps) > TIMED_STEPS
         if replanned:
             self._plan_first(step)
         late = self._late()
@@ -148,51 +142,45 @@ class Guard(TrainerCallback):
         self._run.seconds += self._trainer.processes.from_first(now - self._clock)
         self._clock = now
 
-    def _late(self) -> bool:
-        """Whether the time left is too short for one more step and the two last scores."""
-        if self._settings.max_minutes is None:
-            return False
+    def _seconds_of_a_step(self) -> float:
+        """Return the mean of the newer half; the first step, which warms up, is never in it."""
+        newer = self._steps[-max(1, len(self._steps) // 2) :]
+        return sum(newer) / len(newer)
+
+    def _left(self) -> float:
+        """Return the seconds left for training and the two last scores."""
+        assert self._settings.max_minutes is not None
         scores = self._run.seconds_to_score + self._run.seconds_to_judge
-        return self._left() <= 1.1 * (scores + self._seconds_to_step)
+        return 60 * self._settings.max_minutes - self._run.seconds - scores
+
+    def _late(self) -> bool:
+        """Whether the time left is too short for one more step."""
+        return self._settings.max_minutes is not None and self._left() <= 1.1 * self._steps[-1]
 
     def _plan_first(self, step: int) -> None:
-        """Plan while the first steps are timed and nothing is scored: until all steps fit, or the
-        rate nears its peak after ``SETTLING`` of the time.
-        """
-        run, left = self._run, self._left()
-        affordable = int(SCORING * left / max(run.seconds_to_score, 1e-9))
-        evaluations = min(self._settings.evaluations, max(2, affordable))
-        all_fit = self._plan(step, evaluations)
-        trained = run.seconds - self._begun
-        run.planned = all_fit or trained >= SETTLING * (trained + left)
+        """Plan a run by the clock after its first steps."""
+        affordable = int(SCORING * self._left() / max(self._run.seconds_to_score, 1e-9))
+        self._plan(step, min(self._settings.evaluations, max(2, affordable)))
+        self._run.planned = True
 
     def _plan_rest(self, step: int) -> bool:
-        """Plan the rest of the run after an evaluation; return whether there was a clock to do so.
-
-        The rest is stretched or shortened, and the learning rate falls to zero over it, from where
-        it is but for a small jump.
-        """
+        """Stretch or shorten the rest of a run after a score; return whether it is by the clock."""
         run = self._run
-        if self._settings.max_minutes is None or self._pace.estimate() is None:
+        if self._settings.max_minutes is None or len(self._steps) <= TIMED_STEPS:
             return False
         self._plan(step, max(1, -(-(run.total - step) // run.every)))
         return True
 
-    def _plan(self, step: int, evaluations: int) -> bool:
-        """Choose how many steps fit in the time left, with evaluations; return whether all fit."""
-        run, each = self._run, self._pace.estimate()
-        assert each is not None
-        scores = evaluations * run.seconds_to_score + run.seconds_to_judge
-        left = (1 - SPARE) * self._left() - scores
-        fitting = step + int(left / max(each, 1e-9))
-        most = len(self._trainer.train_dataset)
-        run.total = max(step, min(most, fitting))
-        run.every = evaluation_interval(run.total - run.evaluations[-1].step, evaluations)
-        return fitting >= most
+    def _plan(self, step: int, evaluations: int) -> None:
+        """Choose how many steps fit in the time left, with so many scores on the way.
 
-    def _left(self) -> float:
-        assert self._settings.max_minutes is not None
-        return 60 * self._settings.max_minutes - self._run.seconds
+        The learning rate falls to zero over them, from where it is but for a small jump.
+        """
+        run = self._run
+        left = (1 - SPARE) * self._left() - (evaluations - 1) * run.seconds_to_score
+        fitting = step + int(left / max(self._seconds_of_a_step(), 1e-9))
+        run.total = max(step, min(len(self._trainer.train_dataset), fitting))
+        run.every = evaluation_interval(run.total - run.evaluations[-1].step, evaluations)
 
 
 class EndAt(TrainerCallback):
@@ -212,33 +200,4 @@ def evaluation_interval(total: int, evaluations: int) -> int:
 
 
 TIMED_STEPS = 3
-"""Steps that are timed before the first estimate; one before them warms up, and is not counted."""
-
-
-class Pace:
-    """Estimates the seconds of a step.
-
-    The first steps are slower than those to come: each new length of a row has its kernels compiled
-    and its memory allocated; and a machine's speed drifts. So an estimate is the mean of the newer
-    half of the steps, of the first three at least.
-    """
-
-    def __init__(self) -> None:
-        self._warm = False
-        self._seconds: list[float] = []
-
-    def add(self, seconds: float) -> bool:
-        """Take in a step; return whether to estimate anew: after 3 steps, 6, 12, 24 and so on."""
-        if not self._warm:
-            self._warm = True
-            return False
-        self._seconds.append(seconds)
-        rounds, rest = divmod(len(self._seconds), TIMED_STEPS)
-        return not rest and not rounds & (rounds - 1)
-
-    def estimate(self) -> float | None:
-        """Return the seconds of a step; None before enough of them were timed."""
-        if len(self._seconds) < TIMED_STEPS:
-            return None
-        newer = self._seconds[-max(TIMED_STEPS, len(self._seconds) // 2) :]
-        return sum(newer) / len(newer)
+"""Steps that are timed before a run is planned by the clock; one before them warms up."""

@@ -90,7 +90,7 @@ def repair_(
             judged,
             _settings(trained, length, minutes, seed),
             work=Path(folder),
-            folder=None,
+            keeps=False,
             teacher=DirectTeacher(dense),
             judge=DirectTeacher(dense),
             say=say,

@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,6 @@ import torch
 
 from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import new_folder
 from llm_pruner.files.outputs import free_bytes
 from llm_pruner.models.forward import embedding_rows, own_forward
 from llm_pruner.recovery import checkpoint as state
@@ -69,7 +67,7 @@ def recover_(
     settings: TrainingSettings,
     *,
     work: Path,
-    folder: state.Folder | None = new_folder,
+    keeps: bool = True,
     teacher: Guide | None = None,
     judge: Guide | None = None,
     say: Callable[[Progress], None] = lambda _: None,
@@ -87,8 +85,8 @@ def recover_(
     Args:
         model: a causal language model of transformers.
         held_out: samples that decide which weights are kept; none of them is trained on.
-        folder: gives a folder that appears under its name once it is complete; None: no
-            checkpoints are written.
+        work: folder for checkpoints.
+        keeps: write checkpoints.
         teacher: mixes in what a dense model would say of ``train``.
         judge: the same of ``held_out``, which is then scored as it is trained on; without, by what
             its text says next.
@@ -111,50 +109,20 @@ def recover_(
     work.mkdir(parents=True, exist_ok=True)
     merges = settings.quantize == "none" and not processes.sharded
     if not merges and again is None:
-        again = partial(deepcopy, deepcopy(model))
+        again = partial(copy.deepcopy, copy.deepcopy(model))
     total = _total_steps(len(train), settings)
     with processes.first():
         checkpoint = state.last_checkpoint(work)
     run = _run_state(checkpoint, total, settings)
-    with (
-        # The name that accelerate and the Trainer use still.
-        quiet("transformers", "accelerate", "peft", warned=".*broadcast_buffers.*"),
-        torch.enable_grad(),
-        _kernels(settings, processes),
-        _same_config(model),
-        _own_random(None if processes == ALONE else model.device),
-        torch.device("cpu"),  # peft and DataLoader take the default one, which may be another
-        tempfile.TemporaryDirectory() as unused,
-    ):
+    with _apart(model, settings, processes), tempfile.TemporaryDirectory() as unused:
         layout = _layout(model, settings, processes)
-        scored = lay_out(held_out, range(len(held_out)), **layout)
-        sources = 1 + max(one.source for one in (*train, *held_out))
-
-        def scored_at(step: int, found: Any) -> Evaluation:
-            return score(found, step, scored, held_out, sources, judge, processes)
-
-        started = time.monotonic()
-        if judge is not None and not run.evaluations:
-            judge.prepare(one for one in processes.share(scored) if one is not None)
-        if run.before is None and not processes.sharded:
-            begun = time.monotonic()
-            run.before = scored_at(0, model)
-            run.seconds_to_judge = processes.from_first(time.monotonic() - begun)
-            run.seconds_to_score = run.seconds_to_judge
-            if not math.isfinite(run.before.loss):
-                raise UserError(
-                    f"the loss of the held-out text is {run.before.loss} before training, so "
-                    "nothing can be judged; look at the data, or use --dtype float32"
-                )
-            if not settings.bf16 and merges:
-                run.evaluations.append(run.before)  # training starts from just this
-        run.seconds += processes.from_first(time.monotonic() - started)
+        judging = _Judging(held_out, train, layout, judge, run, processes)
+        judging.score_what_came(model, also_as_trained=not settings.bf16 and merges)
         torch.manual_seed(settings.seed)
         trained = prepare_(model, settings)
         count = sum(one.numel() for one in trained.parameters() if one.requires_grad)
-        if folder is not None:
-            copies = 2 if checkpoint is None else 1  # the older goes when the newer is complete
-            _check_room(work, count, copies, processes.from_first(free_bytes(work)))
+        if keeps:
+            _check_room(work, count, checkpoint, processes)
         on_cpu = next(model.parameters()).device.type == "cpu" and not processes.sharded
         order = StepSamples(len(train), settings.batch_size, total, settings.seed)
         trainer = RecoveryTrainer(
@@ -164,44 +132,27 @@ def recover_(
             Steps(train, order, **layout),
             run,
             teacher,
-            folder,
-            work,
+            work if keeps else None,
             processes,
             **own,
         )
-
-        def scored_on_the_way(step: int) -> Evaluation:
-            with trainer.accelerator.autocast():
-                return scored_at(step, trainer.model)
-
-        trainer.add_callback(Guard(trainer, scored_on_the_way, say))
+        trainer.add_callback(Guard(trainer, partial(judging.score_on_the_way, trainer), say))
         initial = state.trained_weights(trained)
         with own_forward(trained):
             _train(trainer, checkpoint)
-        before = run.evaluations[0] if run.before is None else run.before
         best = initial if trainer.best_weights is None else trainer.best_weights
         if not merges:
             _empty_(trained, trainer.optimizer)
             assert again is not None
             model = again()
             trained = prepare_(model, settings.but(quantize="none"))
-        state.set_weights_(trained, best)
-        if keep_adapter is not None and settings.method == "lora" and processes.is_first:
-            trained.peft_config["default"].task_type = "CAUSAL_LM"  # by which PEFT finds its model
-            trained.save_pretrained(keep_adapter, save_embedding_layers=False)
-        model = state.merge_(trained)
+        model = _with_weights(trained, best, settings, keep_adapter if processes.is_first else None)
         as_saved_(model)
         if trainer.args.gradient_checkpointing:
             off = "activation_checkpointing_disable"  # before transformers 5.22 by another name
             getattr(model, off, model.gradient_checkpointing_disable)()
-        if processes.sharded:
-            after = run.evaluations[run.best]
-        elif run.best:
-            started = time.monotonic()
-            after = scored_at(trainer.state.global_step, model)
-            run.seconds += processes.from_first(time.monotonic() - started)
-        else:
-            after = min(run.evaluations[1:], key=lambda one: one.loss, default=before)
+        before = run.evaluations[0] if run.before is None else run.before
+        after = judging.score_result(trainer.state.global_step, model, before)
     return model, Outcome(
         gained=run.best > 0 and after.loss < before.loss,
         before=before,
@@ -214,25 +165,100 @@ def recover_(
     )
 
 
+class _Judging:
+    """Scores of the held-out samples; their time counts as the run's."""
+
+    def __init__(
+        self,
+        held_out: Sequence[TrainingSequence],
+        train: Sequence[TrainingSequence],
+        layout: dict[str, Any],
+        judge: Guide | None,
+        run: RunState,
+        processes: Processes,
+    ) -> None:
+        self._held_out, self._judge, self._run, self._processes = held_out, judge, run, processes
+        self._batches = lay_out(held_out, range(len(held_out)), **layout)
+        self._sources = 1 + max(one.source for one in (*train, *held_out))
+
+    def _score(self, step: int, model: Any) -> Evaluation:
+        about = (self._batches, self._held_out, self._sources, self._judge, self._processes)
+        return score(model, step, *about)
+
+    def _timed(self, started: float) -> float:
+        return self._processes.from_first(time.monotonic() - started)
+
+    def score_on_the_way(self, trainer: RecoveryTrainer, step: int) -> Evaluation:
+        """Return the score of the model while it is trained, in the precision of training."""
+        with trainer.accelerator.autocast():
+            return self._score(step, trainer.model)
+
+    def score_what_came(self, model: Any, *, also_as_trained: bool) -> None:
+        """Score the model as it came, unless an interrupted run did.
+
+        ``also_as_trained``: its training starts from just this score.
+        """
+        run, started = self._run, time.monotonic()
+        if self._judge is not None and not run.evaluations:
+            own = self._processes.share(self._batches)
+            self._judge.prepare(one for one in own if one is not None)
+        if run.before is None and not self._processes.sharded:
+            begun = time.monotonic()
+            run.before = self._score(0, model)
+            run.seconds_to_judge = self._timed(begun)
+            run.seconds_to_score = run.seconds_to_judge
+            if not math.isfinite(run.before.loss):
+                raise UserError(
+                    f"the loss of the held-out text is {run.before.loss} before training, so "
+                    "nothing can be judged; look at the data, or use --dtype float32"
+                )
+            if also_as_trained:
+                run.evaluations.append(run.before)
+        run.seconds += self._timed(started)
+
+    def score_result(self, step: int, model: Any, before: Evaluation) -> Evaluation:
+        """Return the score of the merged model, or the best on the way if that is no gain."""
+        run, started = self._run, time.monotonic()
+        if self._processes.sharded:
+            return run.evaluations[run.best]
+        if not run.best:
+            return min(run.evaluations[1:], key=lambda one: one.loss, default=before)
+        after = self._score(step, model)
+        run.seconds += self._timed(started)
+        return after
+
+
+def _with_weights(
+    trained: Any, best: dict[str, torch.Tensor], settings: TrainingSettings, adapter: Path | None
+) -> Any:
+    """Return the plain model with these weights; save the adapter before, if it has a place."""
+    state.set_weights_(trained, best)
+    if adapter is not None and settings.method == "lora":
+        trained.peft_config["default"].task_type = "CAUSAL_LM"  # by which PEFT finds its model
+        trained.save_pretrained(adapter, save_embedding_layers=False)
+    return state.merge_(trained)
+
+
 def prepare_(model: Any, settings: TrainingSettings) -> Any:
     """Prepare a model for ``settings.method``; UserError if it has nothing that that trains."""
     return entry("recovery/methods", settings.method).prepare_(model, settings)
 
 
-def _check_room(work: Path, trained: int, copies: int, free: float) -> None:
+def _check_room(work: Path, trained: int, last: Path | None, processes: Processes) -> None:
     """Raise UserError if a disk has no room for checkpoints: weights, the best, two of AdamW."""
-    needed = copies * 16 * trained
+    copies = 2 if last is None else 1  # the older goes when the newer is complete
+    needed, free = copies * 16 * trained, processes.from_first(free_bytes(work))
     if needed > free:
         raise UserError(
             f"checkpoints of {trained:,} trained parameters need about {needed / 1e6:,.1f} MB, and "
             f"the disk of {work.parent} has {free / 1e6:,.1f} MB free; free some, give another "
-            "--out, or train less with --method lora or a smaller lora_r"
+            "--out, or train less with --method lora"
         )
 
 
 def _layout(model: Any, settings: TrainingSettings, processes: Processes) -> dict[str, Any]:
     """Return how samples are laid out, as arguments of ``lay_out``."""
-    in_chunks = settings.uses("loss") and not processes.sharded
+    in_chunks = _in_chunks(settings, processes)
     return {
         "packed": settings.packing and can_pack(model, embedding_rows(model)),
         "capacity": settings.seq_len,
@@ -249,7 +275,7 @@ def _total_steps(samples: int, settings: TrainingSettings) -> int:
 
 def _run_state(checkpoint: Path | None, total: int, settings: TrainingSettings) -> RunState:
     if checkpoint is not None:
-        return RunState.from_json(state.read_values(checkpoint)["run"])
+        return RunState.read(checkpoint)
     every = evaluation_interval(total, settings.evaluations)
     return RunState(total, every, planned=settings.max_minutes is None)
 
@@ -278,18 +304,26 @@ def _empty_(model: Any, optimizer: Any) -> None:
 
 
 @contextmanager
-def _kernels(settings: TrainingSettings, processes: Processes) -> Iterator[None]:
-    """Have training use the faster arithmetic that was asked for until the block ends.
+def _apart(model: Any, settings: TrainingSettings, processes: Processes) -> Iterator[None]:
+    """Leave the model's config and all random generators as they were, and use fast arithmetic.
 
-    Where processes hold parts of each weight, only a model's own forward pass puts them together,
-    and logits are made within it.
+    Of several processes each makes its logits at once, in the forward pass that joins them.
     """
-    in_chunks = settings.uses("loss") and not processes.sharded
     with (
-        nullcontext() if in_chunks else logits_at_once(),
+        # The name that accelerate and the Trainer use still.
+        quiet("transformers", "accelerate", "peft", warned=".*broadcast_buffers.*"),
+        torch.enable_grad(),
         by_sample() if settings.uses("attention") else nullcontext(),
+        nullcontext() if _in_chunks(settings, processes) else logits_at_once(),
+        _same_config(model),
+        _own_random(None if processes == ALONE else model.device),
+        torch.device("cpu"),  # peft and DataLoader take the default one, which may be another
     ):
         yield
+
+
+def _in_chunks(settings: TrainingSettings, processes: Processes) -> bool:
+    return settings.uses("loss") and processes.count == 1
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""The Hugging Face Trainer, with packed steps and pickle-free resume."""
+"""The Hugging Face Trainer, with packed steps and checkpoints of the trained weights alone."""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -11,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.errors import UserError
+from llm_pruner.files.disk import put
 from llm_pruner.recovery import checkpoint as state
 from llm_pruner.recovery.arguments import said_in_one_line
 from llm_pruner.recovery.chunked_loss import summed_loss
@@ -28,6 +31,9 @@ from llm_pruner.runtime.processes import ALONE, Processes
 from llm_pruner.settings.recover import TrainingSettings
 
 _LOG = logging.getLogger(__name__)
+
+_WEIGHTS, _BEST, _RUN = "weights.safetensors", "best.safetensors", "run.json"
+"""What a checkpoint holds beside the Trainer's own files."""
 
 
 @dataclass
@@ -63,14 +69,9 @@ class RunState:
     seconds_to_judge: float = 0.0
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> RunState:
-        """Read what ``asdict`` gave; UserError if it is something else."""
-        try:
-            return TypeAdapter(cls).validate_python(data)
-        except ValidationError as error:
-            raise UserError(
-                "the state of the interrupted run is damaged; begin anew with --set restart=true"
-            ) from error
+    def read(cls, checkpoint: Path) -> RunState:
+        """Read what a checkpoint keeps of it."""
+        return TypeAdapter(cls).validate_json((checkpoint / _RUN).read_text())
 
 
 class Steps(Dataset[list[Batch]]):
@@ -101,16 +102,14 @@ class RecoveryTrainer(Trainer):
         steps: Steps,
         run: RunState,
         teacher: Guide | None,
-        folder: state.Folder | None,
-        work: Path,
+        work: Path | None,
         processes: Processes = ALONE,
         **own: Any,
     ) -> None:
         self.settings, self.run, self.processes = settings, run, processes
-        self._teacher, self._folder, self._work = teacher, folder, work
+        self._teacher, self._work = teacher, work
         self.best_weights: dict[str, torch.Tensor] | None = None
         self.last_loss = math.nan
-        self._warned = False
         own = {"model": model, "args": args, "train_dataset": steps, "data_collator": _only, **own}
         with said_in_one_line(settings):
             super().__init__(**own)
@@ -197,74 +196,43 @@ class RecoveryTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002
         """Write all that ``train(resume_from_checkpoint=...)`` reads, whole or not at all."""
-        if self._folder is None:
+        if self._work is None:
             return
         path = state.step_folder(self._work, self.state.global_step)
-        files = {}
-        if self.processes.is_first or self.processes.sharded:  # which takes all to put together
-            files["weights"] = state.trained_weights(self.model)
-        if self.best_weights is not None:
-            files["best"] = self.best_weights
-        files["optimizer"], optimizer = state.optimizer_values(
-            self.optimizer, keep=self.processes.is_first
-        )
-        if self.processes.is_first and not path.exists():
-            try:
-                self._write_checkpoint(path, files, optimizer)
-            except OSError as error:
-                if not self._warned:
-                    _LOG.warning(
-                        "the checkpoint of step %d was not written (%s): training goes on, and if "
-                        "it is interrupted --resume goes on from the one before; free some space",
-                        self.state.global_step,
-                        error.strerror,
-                    )
-                self._warned = True
+        if path.exists():
+            return
+        partial = path.with_name(f".{path.name}")
+        partial.mkdir(exist_ok=True)
+        weights = state.trained_weights(self.model)
+        try:
+            self._save_optimizer_and_scheduler(str(partial))
+            self._save_scaler(str(partial))
+            self._save_rng_state(str(partial))
+            if self.processes.is_first:
+                save_file(weights, partial / _WEIGHTS)
+                if self.best_weights is not None:
+                    save_file(self.best_weights, partial / _BEST)
+                (partial / _RUN).write_text(json.dumps(asdict(self.run)))
+                self.state.save_to_json(str(partial / "trainer_state.json"))
+        except (OSError, RuntimeError) as error:
+            _LOG.warning(
+                "the checkpoint of step %d was not written (%s); training goes on, and --resume "
+                "would go on from the one before",
+                self.state.global_step,
+                error,
+            )
+            return
         self.processes.barrier()
-
-    def _write_checkpoint(
-        self, path: Path, files: dict[str, dict[str, torch.Tensor]], optimizer: dict[str, Any]
-    ) -> None:
-        assert self._folder is not None
-        assert self.lr_scheduler is not None
-        with self._folder(path) as folder:
-            for name, tensors in files.items():
-                state.write_tensors(folder / f"{name}.safetensors", tensors)
-            values = {
-                "run": asdict(self.run),
-                "optimizer": optimizer,
-                "schedule": self.lr_scheduler.state_dict(),
-                "random": state.write_random(folder),
-            }
-            if self.accelerator.scaler is not None:
-                values["scaler"] = self.accelerator.scaler.state_dict()
-            state.write_values(folder, values)
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-        state.drop_older(self._work, path)
+        if self.processes.is_first:
+            put(partial, path)
+            state.drop_older(self._work, path)
+        self.processes.barrier()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
         folder = Path(resume_from_checkpoint)
-        state.set_weights_(self.model, state.read_tensors(folder / "weights.safetensors"))
-        best = folder / "best.safetensors"
-        self.best_weights = state.read_tensors(best) if best.is_file() else None
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        values = state.read_values(Path(checkpoint))
-        state.read_optimizer_(Path(checkpoint), values["optimizer"], self.optimizer)
-        assert self.lr_scheduler is not None
-        self.lr_scheduler.load_state_dict({**values["schedule"], "lr_lambdas": [None]})
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.accelerator.scaler is not None:
-            known = state.read_values(Path(checkpoint)).get("scaler")
-            if known is not None:  # earlier versions did not write it
-                self.accelerator.scaler.load_state_dict(known)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            state.read_random(Path(checkpoint), state.read_values(Path(checkpoint))["random"])
+        state.set_weights_(self.model, load_file(folder / _WEIGHTS))
+        best = folder / _BEST
+        self.best_weights = load_file(best) if best.is_file() else None
 
 
 def rate(step: int, total: int, warmup: int, schedule: str) -> float:

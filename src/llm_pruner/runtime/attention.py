@@ -1,19 +1,17 @@
-"""Causal attention by products of PyTorch's own matrices, sample by sample and up to the diagonal.
+"""Causal attention on a CPU, sample by sample and up to the diagonal.
 
-transformers keeps packed samples apart by a mask over whole rows, and PyTorch computes all that it
-then throws away. Here the samples are read off the mask that the model made. A few queries are
-computed at a time, of all rows, with the keys from the first that one of them sees to the last; or
-each sample forward by PyTorch's own kernel, where that is faster. On a GPU each is by itself.
+transformers keeps packed samples apart by a mask over whole rows, and PyTorch's kernel computes all
+that the mask then discards. Here a few queries at a time are multiplied with the keys that one of
+them sees: training is 1.2 times as fast (benchmarks/results/recovery_kernels.json).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -44,15 +42,8 @@ def by_sample() -> Iterator[None]:
         AttentionInterface.register("sdpa", plain)
 
 
-@dataclass(frozen=True)
-class Block:
-    """Tokens of a row that see each other, up to their own place, and no others.
-
-    Attributes:
-        rows: the rows of the batch that have it.
-        start: first token.
-        end: token behind the last.
-    """
+class Block(NamedTuple):
+    """Tokens from start to end of some rows, which see each other and no others."""
 
     rows: slice
     start: int
@@ -63,14 +54,11 @@ class Block:
         return states[self.rows, :, self.start : self.end]
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Some queries of all rows, and the keys that one of them sees.
+class Tile(NamedTuple):
+    """Some queries of all rows, and the keys from the first that one of them sees to the last.
 
-    Attributes:
-        keys: from the first that one of them sees to the last.
-        unseen: True where a query does not see a key, (rows, queries, keys); None where each sees
-            all up to its own place.
+    ``unseen``: True where a query does not see a key, (rows, queries, keys); None where each sees
+    all up to its own place.
     """
 
     queries: slice
@@ -88,39 +76,32 @@ def tiles_of(blocks: list[Block], rows: int, length: int) -> list[Tile]:
     for start in range(0, length, _TILE):
         queries = slice(start, min(start + _TILE, length))
         keys = slice(int(first[:, start].min()), queries.stop)
-        if whole:
-            tiles.append(Tile(queries, keys))
-            continue
         before, own = first[:, queries, None], places[queries, None]
-        tiles.append(Tile(queries, keys, (places[keys] < before) | (places[keys] > own)))
+        unseen = None if whole else (places[keys] < before) | (places[keys] > own)
+        tiles.append(Tile(queries, keys, unseen))
     return tiles
 
 
 class _Samples:
-    """The samples in a mask; it is the same tensor in all layers."""
+    """The blocks and tiles of the last mask, which is the same tensor in all layers."""
 
     def __init__(self) -> None:
         self._mask: Callable[[], torch.Tensor | None] = lambda: None
-        self._version = 0
-        self._blocks: list[Block] | None = None
-        self._tiles: dict[tuple[int, int], list[Tile]] = {}
+        self._state = (0, 0, 0)
+        self._found: tuple[list[Block], list[Tile]] | None = None
 
-    def __call__(self, mask: torch.Tensor | None, rows: int, length: int) -> list[Block] | None:
+    def __call__(
+        self, mask: torch.Tensor | None, rows: int, length: int
+    ) -> tuple[list[Block], list[Tile]] | None:
         if mask is None:
-            return [Block(slice(0, rows), 0, length)]
-        if self._mask() is not mask or self._version != mask._version:
-            self._mask, self._version = ref(mask), mask._version
-            self._blocks = blocks_of(mask, rows)
-            self._tiles = {}
-        return self._blocks
-
-    def tiles(self, blocks: list[Block], rows: int, length: int) -> list[Tile]:
-        """Return the tiles of blocks that were just returned."""
-        if blocks is not self._blocks:  # of no mask
-            return tiles_of(blocks, rows, length)
-        if (rows, length) not in self._tiles:
-            self._tiles[rows, length] = tiles_of(blocks, rows, length)
-        return self._tiles[rows, length]
+            whole = [Block(slice(0, rows), 0, length)]
+            return whole, tiles_of(whole, rows, length)
+        state = (mask._version, rows, length)
+        if self._mask() is not mask or self._state != state:
+            self._mask, self._state = ref(mask), state
+            blocks = blocks_of(mask, rows)
+            self._found = None if blocks is None else (blocks, tiles_of(blocks, rows, length))
+        return self._found
 
 
 @torch.no_grad()
@@ -168,7 +149,8 @@ def _attend(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     rows, heads, length, _ = query.shape
     known = (
-        key.shape[0] == rows
+        query.is_cpu
+        and key.shape[0] == rows
         and key.shape[:3] == value.shape[:3]
         and key.shape[2] == length > 1
         and heads % key.shape[1] == 0
@@ -177,40 +159,15 @@ def _attend(
         and all(others.get(name) is None or others[name] is False for name in _OTHERWISE)
         and (attention_mask is not None or causal is True)
     )
-    blocks = samples(attention_mask, rows, length) if known else None
-    if blocks is None:
+    found = samples(attention_mask, rows, length) if known else None
+    if found is None:
         settings = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **others}
         return plain(module, query, key, value, attention_mask, **settings)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if device == "cpu":
-        found = _tiled(query, key, value, scale, blocks, samples.tiles(blocks, rows, length))
-    else:
-        each = [_flash(block.of(query), block.of(key), block.of(value), scale) for block in blocks]
-        found = _joined(blocks, each)
-    return found.transpose(1, 2).contiguous(), None
-
-
-def _joined(blocks: list[Block], found: list[torch.Tensor]) -> torch.Tensor:
-    """Put the blocks together again, along the row and then row by row."""
-    rows: dict[int, list[torch.Tensor]] = {}
-    for block, one in zip(blocks, found, strict=True):
-        rows.setdefault(block.rows.start, []).append(one)
-    return torch.cat(
-        [torch.cat(parts, 2) if len(parts) > 1 else parts[0] for parts in rows.values()]
-    )
-
-
-def _flash(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-) -> torch.Tensor:
-    shared = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scale, enable_gqa=shared
-    )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _tiled(query, key, value, scale, *found).transpose(1, 2).contiguous(), None
 
 
 def _tiled(
@@ -234,6 +191,13 @@ def _tiled(
     return _Tiled.apply(grouped, keys, values, scale, own, tiles).reshape(rows, heads, length, -1)
 
 
+def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> Any:
+    shared = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=shared
+    )
+
+
 @cache
 def _has_tiles() -> bool:
     """Whether this processor multiplies tiles of bfloat16 (AMX), which PyTorch's own kernel for
@@ -242,10 +206,10 @@ def _has_tiles() -> bool:
 
 
 class _Tiled(torch.autograd.Function):
-    """Causal attention within samples, a tile at a time; scores are computed again backward.
+    """Scores S = scale Q K^T and shares P = softmax(S) a tile at a time, and again backward.
 
-    With S = scale Q K^T below the diagonal, P = softmax(S) and O = P V: dV = P^T dO,
-    dS = P * (dP - rowsum(dP * P)) of dP = dO V^T, dQ = scale dS K, dK = scale dS^T Q.
+    O = P V; dV = P^T dO, dS = P * (dP - rowsum(dP * P)) with dP = dO V^T, dQ = scale dS K,
+    dK = scale dS^T Q.
     """
 
     @staticmethod

@@ -1,9 +1,8 @@
 """Let the C library keep the memory of large tensors for the next ones, stage by stage.
 
-By default glibc gives every block above a few hundred kilobytes back to the kernel when it is
-freed, and the next activation of the same size is faulted in again, page by page. On a CPU that can
-take longer than computing it. But what one stage leaves is in the way of the next, whose tensors
-have other sizes: between stages it is given back.
+By default glibc gives every large block back to the kernel when it is freed, and the next
+activation of the same size is faulted in again, page by page: on a CPU that can take longer than
+computing it. Between stages, whose tensors have other sizes, it is given back.
 """
 
 from __future__ import annotations
@@ -62,12 +61,10 @@ def keep_large_blocks() -> bool:
 
 
 def keep_all_blocks() -> bool:
-    """Where malloc keeps large blocks, have it keep larger ones as well; return whether it does.
+    """Where malloc keeps large blocks, have it keep blocks of all sizes; return whether it does.
 
-    For weights that are widened for their turn, one block of a model after the other: of a 7B they
-    are 180 MB each, and the kernel takes longer to clear their pages than it takes to write them.
-    For what a pruning of a model in memory makes and forgets, too: of a 1.5B activations of 37 MB,
-    Gram matrices of 205 MB.
+    For weights that are widened for their turn (180 MB for a block of a 7B), and for activations
+    and Gram matrices of larger models.
     """
     mallopt = _glibc("mallopt")
     return _chosen and bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, KEPT_OF_ALL))
@@ -114,20 +111,16 @@ def _limits_left() -> Iterator[int]:
     except OSError:  # not Linux
         return
     for line in groups:
-        _, kinds, path = line.split(":", maxsplit=2)
-        if kinds not in ("", "memory"):
+        number, _, path = line.split(":", maxsplit=2)
+        if number != "0":  # of the older kind of groups
             continue
-        root = _CONTROLS / kinds
-        most, used = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        if not kinds:
-            most, used = ("memory.max", "memory.current")
-        place = root / path.lstrip("/")
+        place = _CONTROLS / path.lstrip("/")
         for folder in (place, *place.parents):
-            if not folder.is_relative_to(root):
+            if not folder.is_relative_to(_CONTROLS):
                 break
             with suppress(OSError, ValueError):  # none there, or no number but "max"
-                limit = int((folder / most).read_text())
-                yield limit - int((folder / used).read_text()) + _cached(folder)
+                limit = int((folder / "memory.max").read_text())
+                yield limit - int((folder / "memory.current").read_text()) + _cached(folder)
 
 
 def _cached(folder: Path) -> int:

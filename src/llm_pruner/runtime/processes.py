@@ -16,15 +16,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast, gather
 from torch import distributed
 
-from llm_pruner.errors import UserError
+from llm_pruner.errors import UserError, in_short
 
 _PATIENCE = timedelta(days=7)
 """How long a process waits for another: the first one may be writing text for hours."""
 
-_MEETING = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher puts into the environment, beside ``WORLD_SIZE``."""
-
-_REFUSED = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+_PLACE = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher puts into the environment."""
 
 T = TypeVar("T")
 
@@ -124,56 +122,31 @@ def own_device(device: str) -> str:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" or is_sharded():
         return "cpu"
-    if device != "cuda":
-        raise UserError(
-            f"--device {device} is one device, and several processes were started; use cuda, "
-            "which gives each process its own GPU, or cpu"
-        )
-    number, there = int(os.environ.get("LOCAL_RANK", "0")), gpus()
-    if number >= there:
-        raise UserError(
-            f"--device cuda: this machine has {there} GPUs and more processes were started; "
-            "start one process for each GPU"
-        )
-    return f"cuda:{number}"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 @contextmanager
 def joined(device: str) -> Iterator[Processes]:
     """Join the processes that a launcher started, on ``device``; part when the block ends well.
 
-    Raises UserError if they were started for something else, or do not know where to meet.
+    Raises UserError if they cannot meet.
     """
-    for variable, kind in _REFUSED.items():
-        if _asked(variable):
-            raise UserError(
-                f"several processes work with DDP or FSDP2, and {kind} was asked for; "
-                "choose one of these in accelerate config, or start with torchrun"
-            )
-    sharded = is_sharded()
-    if sharded and os.environ.get("FSDP_VERSION", "1") != "2":
-        raise UserError("recover trains with FSDP version 2; add --fsdp_version 2")
     if started() == 1:
         yield Processes()
         return
+    sharded = is_sharded()
     if sharded:
         # Each process reads the model whole; accelerate would take buffers for parts of it.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    if sharded and int(os.environ.get("LOCAL_RANK", "0")) >= gpus():
-        raise UserError("FSDP2 needs a GPU for each process; without, start with torchrun")
-    on_cpu = not device.startswith("cuda") and not sharded
     alone = not distributed.is_initialized()
     try:
-        missing = [name for name in _MEETING if name not in os.environ]
-        if missing:  # accelerate would make up what is missing, and wait
-            raise ValueError(f"{' and '.join(missing)} not set")
+        on_cpu = not device.startswith("cuda") and not sharded
         state = PartialState(cpu=on_cpu, timeout=_PATIENCE)
     except (ValueError, RuntimeError) as error:
         AcceleratorState._reset_state(reset_partial_state=True)
-        reason = " ".join(str(error).split())
         raise UserError(
             f"WORLD_SIZE says that {started()} processes were started, and they cannot meet "
-            f"({reason}); start them with torchrun or accelerate launch"
+            f"({in_short(error)}); start them with torchrun or accelerate launch"
         ) from error
     yield Processes(state.process_index, state.num_processes, sharded)
     if alone:
@@ -191,15 +164,7 @@ def check_trains(device: str) -> None:
         )
 
 
-def gpus() -> int:
-    """Return the number of GPUs of this machine."""
-    return torch.cuda.device_count()
-
-
 def is_sharded() -> bool:
     """Whether each process is to hold a part of every weight."""
-    return started() > 1 and _asked("ACCELERATE_USE_FSDP")
-
-
-def _asked(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("true", "1")
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+    return started() > 1 and asked

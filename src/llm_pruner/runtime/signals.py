@@ -8,9 +8,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -21,9 +20,6 @@ _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(si
 """What ends a process from outside; SIGHUP, not on Windows, says that its terminal is gone."""
 
 _PR_SET_PDEATHSIG = 1
-_SOON = 0.02
-"""Seconds, in which Python is out of what it was in."""
-
 _heard: int | None = None
 """The last signal that told this process to end."""
 
@@ -64,14 +60,11 @@ def ended_alike() -> Iterator[None]:
         yield
         return
     ours = {number: old for number, old in usual.items() if signal.getsignal(number) == old}
-    others = sys.unraisablehook
-    sys.unraisablehook = partial(_heard_again, others)
     for number in ours:
         signal.signal(number, _interrupt)
     try:
         yield
     finally:
-        sys.unraisablehook = others
         for number, handler in ours.items():
             signal.signal(number, handler)
 
@@ -80,16 +73,6 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
     global _heard
     _heard = number
     raise KeyboardInterrupt
-
-
-def _heard_again(others: Callable[[Any], object], unraisable: Any) -> None:
-    """Send a signal once more that was heard where Python drops exceptions, as in ``__del__``."""
-    if unraisable.exc_type is not KeyboardInterrupt:
-        others(unraisable)
-        return
-    later = threading.Timer(_SOON, os.kill, (os.getpid(), _heard or signal.SIGINT))
-    later.daemon = True
-    later.start()
 
 
 def deaf_at_the_end() -> None:

@@ -209,6 +209,11 @@ class DataSettings(Settings):
 class RecoverSettings(WriterSettings, DataSettings, TrainingSettings, DistillationSettings):
     """All that ``recover`` can be asked for."""
 
+    gone: ClassVar = {
+        **WriterSettings.gone,
+        **TrainingSettings.gone,
+        "restart": "write --overwrite",
+    }
     panels: ClassVar = (_DATA, _TRAINING, _TEACHER, _LORA, OUTPUT, LOADING)
 
     dtype: str = option(
@@ -219,7 +224,6 @@ class RecoverSettings(WriterSettings, DataSettings, TrainingSettings, Distillati
         panel=LOADING,
     )
     resume: bool = _output(False, "Go on with an interrupted run from its last checkpoint.")
-    restart: bool = _output(False, "Throw an interrupted run away.", hidden=True)
     keep_adapter: bool = _output(
         False, "Save the adapter too, in --out/adapter; it belongs to MODEL.", hidden=True
     )
