@@ -282,7 +282,7 @@ def test_other_settings_are_refused_and_restarted(
     kept = (work / "small.compressing" / "pruned" / "plan.json").stat().st_mtime_ns
     assert refused(*command(made, "--ratio", 0.3)) == (
         "the interrupted run has ratio=0.2 and this one ratio=0.3; give the same options and "
-        "files, or begin anew with --set restart=true"
+        "files, or begin anew (--set restart=true; recover: --overwrite)"
     )
     said = refused(*command(made, "--max-shard-size", "1GB"))
     assert said.startswith("the interrupted run has max_shard_size=5GB and this one max_")

@@ -307,7 +307,7 @@ def test_self_made_text_trains_a_student(work: Path, made: Path) -> None:
 def test_what_a_teacher_says_in_another_type_is_kept_apart(
     work: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ("--teacher", made / "dense", "--samples", 30, "--seq-len", 24, "--restart")
+    options = ("--teacher", made / "dense", "--samples", 30, "--seq-len", 24, "--overwrite")
     command = ("recover", made / "small", "--out", "one", *options, "--teacher-cache", "cache")
 
     def kept(*how: object) -> list[int]:
@@ -333,10 +333,8 @@ def test_an_interrupted_run_is_not_lost_by_accident(work: Path, made: Path) -> N
     said = refused("recover", made / "small", "--out", "better", *options)
     assert said == (
         "better.recovering holds a run that was interrupted; go on with --resume, or throw it "
-        "away with --set restart=true"
+        "away with --overwrite"
     )
-    said = refused("recover", made / "small", "--out", "better", *options, "--resume", "--restart")
-    assert said == "--resume and --restart say different things; give one of them"
     now = __version__
     for asked, differs in (
         ({"llm_pruner": now, "model": "other"}, "model=other and this one model=small"),
@@ -346,9 +344,9 @@ def test_an_interrupted_run_is_not_lost_by_accident(work: Path, made: Path) -> N
         said = refused("recover", made / "small", "--out", "better", *options, "--resume")
         assert said == (
             f"the interrupted run has {differs}; give the same options and files, or begin anew "
-            "with --restart"
+            "(--set restart=true; recover: --overwrite)"
         )
-    done("recover", made / "small", "--out", "better", *options, "--restart")
+    done("recover", made / "small", "--out", "better", *options, "--overwrite")
     assert not Path("better.recovering").exists()
 
 
@@ -360,7 +358,7 @@ def test_an_interrupted_run_goes_on_with_its_own_samples(tmp_path: Path) -> None
         examples = {"text.txt": Examples((Example(text=text),), "text.txt", None)}
         asked = settings.but(held_out=held_out, seq_len=64)
         made = split_samples(examples["text.txt"], tiny_tokenizer(), seq_len=64, held_out=held_out)
-        facts = recovering.facts_of(asked, loaded, None, [made])
+        facts = recover_start.facts_of(asked, loaded, None, [made])
         workdir.begin_or_go_on(tmp_path, facts, resume=resume, writes=True)
 
     begin(WORDS * 20, 2, resume=False)
@@ -384,9 +382,6 @@ def test_what_does_not_fit_the_model_is_refused(work: Path, made: Path) -> None:
     said = refused("recover", small, "--out", "out", *data, "--perplexity", short)
     assert said.startswith("short.txt gives ")
     assert "use perplexity_seq_len " in said
-    plain = write_text(work / "plain.txt", 3000)
-    said = refused("recover", small, "--out", "out", "--data", plain, "--mask-prompt")
-    assert said.startswith("--mask-prompt is for examples that someone asks and someone answers")
     other = save_tiny(work / "other", num_hidden_layers=1)
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})

@@ -317,7 +317,7 @@ def test_compress_puts_its_result_in_place_like_any(work: Path) -> None:
 def test_two_recoveries_do_not_share_a_folder(work: Path, unloaded: None) -> None:
     command = ("recover", "small", "--out", "better", "--data", "text.txt", *TRAIN)
     with begun(work / "better.recovering"):
-        said = refused(*command, "--restart")
+        said = refused(*command, "--overwrite")
     assert said == "another process is at work in better.recovering; wait for it, or end it"
 
 
