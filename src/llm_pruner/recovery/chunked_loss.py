@@ -168,11 +168,12 @@ def _before_head(model: Any, batch: Batch) -> tuple[nn.Module, torch.Tensor] | N
     The latter is of shape (n, features), at the positions that predict learned tokens; None if the
     logits are more than what it gives.
     """
+    if not _switched["on"]:
+        return None
     head = model.get_output_embeddings()
     rows, length = batch.input_ids.shape
     if (
-        not _switched["on"]
-        or head is None
+        head is None
         or head in _otherwise
         or next(head.parameters(), None) is None
         # Hooks of the module would not be called, and accelerate's bring its weights.
