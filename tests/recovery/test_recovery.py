@@ -459,7 +459,7 @@ def test_a_callback_may_end_a_run(tmp_path: Path, event: str) -> None:
 
 
 def test_numbers_for_the_trainer() -> None:
-    schedule = ("lr_scheduler_type=cosine_with_min_lr", "lr_scheduler_kwargs={min_lr: 2E-5}")
+    schedule = ("lr_scheduler_type=cosine_with_min_lr", "lr_scheduler_kwargs={min_lr: 2.0e-5}")
     given = ("adam_epsilon=1e-6", "adam_beta1=0.5", *schedule)
     assert TrainingSettings(trainer=given).trainer == {
         "warmup_steps": 10,
@@ -696,9 +696,16 @@ def test_a_run_killed_at_any_step_ends_as_if_it_had_not_been(
     rows = [{"text": WORDS[start:] + WORDS[:start]} for start in range(40)]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ["--data", data, "--seq-len", 96, "--batch-size", 4, "--epochs", 2]
+    options = ["--data", data, "--set", "seq_len=96", "--batch-size", 4, "--epochs", 2]
     # Scores and checkpoints fall on different steps.
-    options += ["--lora-dropout", dropout, "--evaluations", 20, "--trainer", "save_steps=3"]
+    options += [
+        "--set",
+        f"lora_dropout={dropout}",
+        "--set",
+        "evaluations=20",
+        "--trainer",
+        "save_steps=3",
+    ]
     done("recover", model, "--out", tmp_path / "whole", *options)
     at = random.SystemRandom().randint(1, 19)
     code = "import runpy; runpy.run_module('llm_pruner', run_name='__main__', alter_sys=True)"

@@ -113,7 +113,7 @@ def test_a_weight_of_several_modules_stays_one() -> None:
 def test_prune_repairs_what_it_saves(tmp_path: Path) -> None:
     dense = save_tiny(tmp_path / "dense", num_hidden_layers=3)
     source = write_text(tmp_path / "t.txt", 20_000)
-    read = ("--calibration", source, "--samples", 16, "--seq-len", 32)
+    read = ("--calibration", source, "--samples", 16, "--set", "seq_len=32")
     refit = ("--preset", "fast", "--compensation", "least-squares")
     asked = ("--ratio", 0.2, *refit, *read, "--repair-minutes", 0.02)
     out = done("prune", dense, "--out", tmp_path / "small", *asked, "--json", tmp_path / "j").out

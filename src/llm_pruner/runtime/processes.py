@@ -21,9 +21,6 @@ from llm_pruner.errors import UserError, in_short
 _PATIENCE = timedelta(days=7)
 """How long a process waits for another: the first one may be writing text for hours."""
 
-_PLACE = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher puts into the environment."""
-
 T = TypeVar("T")
 
 
