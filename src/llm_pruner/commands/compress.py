@@ -17,9 +17,7 @@ from llm_pruner.commands.compress_start import about, check_settings
 from llm_pruner.commands.evaluate import measure_apart
 from llm_pruner.commands.prune import PruneRun
 from llm_pruner.commands.prune_start import target_of
-from llm_pruner.commands.recover import (
-    recover_checkpoint,
-)
+from llm_pruner.commands.recover import recover_checkpoint
 from llm_pruner.commands.vocab import RECORD, vocab
 from llm_pruner.commands.workdir import (
     COMPRESSING,
@@ -35,15 +33,8 @@ from llm_pruner.errors import UserError
 from llm_pruner.evaluation import result_cache
 from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.files.disk import remove
-from llm_pruner.files.outputs import (
-    RECOVERY_FILE,
-    check_place,
-    rewrite,
-)
-from llm_pruner.models.checkpoint_files import (
-    stored_at,
-    weight_names,
-)
+from llm_pruner.files.outputs import RECOVERY_FILE, check_place, rewrite
+from llm_pruner.models.checkpoint_files import stored_at, weight_names
 from llm_pruner.models.forward import maximum_length
 from llm_pruner.models.load import load
 from llm_pruner.recovery import Progress

@@ -40,9 +40,7 @@ from llm_pruner.planning.rounding import rounded_for
 from llm_pruner.report.records import Pruned, Training
 from llm_pruner.runtime.memory import keep_all_blocks
 from llm_pruner.runtime.precision import fast_matmul, mixed_precision
-from llm_pruner.runtime.processes import (
-    check_trains,
-)
+from llm_pruner.runtime.processes import check_trains
 from llm_pruner.runtime.progress import Clock
 from llm_pruner.search.cache_cost import cache_cost
 from llm_pruner.search.layer_trials import Damage, allocate_by_damage, measure_layers
@@ -203,10 +201,7 @@ class PruneRun:
         self.resident = self.room if loaded else self.stays(self.room)
         loading = settings.computing().but(device=self.device)
         self.loaded = loaded or load(
-            loading,
-            weights=not self.weightless,
-            memory=self.room,
-            resident=self.resident,
+            loading, weights=not self.weightless, memory=self.room, resident=self.resident
         )
         self.network = self.loaded.model
         if not settings.dry_run:
