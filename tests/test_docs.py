@@ -43,8 +43,7 @@ HERE = {
 SHORT = {
     "prune": "--samples 8 --set seq_len=32",
     "recover": "--trainer max_steps=1 --set seq_len=32 --set held_out=4 --samples 20",
-    "evaluate": "--set max_tokens=64",
-    "chat": "",
+    "evaluate": "--set max_tokens=512 --set seq_len=64 --set new_tokens=4",
 }
 """Command -> what makes it short."""
 
