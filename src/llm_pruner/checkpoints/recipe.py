@@ -133,8 +133,10 @@ def _attribute(path: str, value: object) -> Any:
 
 def _config_value(path: str, value: object) -> Any:
     """Return a whole number, or a list with at most an entry a layer."""
-    if type(value) is int or (isinstance(value, list) and all(map(_is_entry, value))):
+    if type(value) is int:
         return value
+    if isinstance(value, (list, tuple)) and all(map(_is_entry, value)):
+        return list(value)
     raise ValueError(f"{shown(path)} is {shown(value)}, which is no number and no list of such")
 
 
