@@ -22,6 +22,7 @@ from llm_pruner.cli import (
     compare,
     compress,
     curve,
+    demo,
     evaluate,
     export,
     inspect,
@@ -64,7 +65,7 @@ add(app, "evaluate", EvaluateSettings, evaluate.run, evaluate.EXAMPLES)
 app.command("compare", cls=GroupedCommand, epilog=compare.EXAMPLES)(compare.command)
 add(app, "bench", BenchSettings, bench.run, bench.EXAMPLES)
 add(app, "export", ExportSettings, export.run, export.EXAMPLES)
-app.command("demo", cls=GroupedCommand)(compress.demo)
+app.command("demo", cls=GroupedCommand)(demo.command)
 
 
 def _version(asked: bool) -> None:

@@ -1,21 +1,11 @@
-"""``llm-pruner compress``: prune, recover, evaluate and report, in one command that can go on.
-
-``llm-pruner demo`` is the same of the embedded model, in minutes.
-"""
+"""``llm-pruner compress``: prune, recover, evaluate and report, in one command that can go on."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from llm_pruner.cli.build import Json
 from llm_pruner.cli.output import (
     Screen,
-    check_json,
     command_line,
     hand_over,
     tell_going_on,
@@ -30,7 +20,7 @@ from llm_pruner.settings.compress import CompressSettings
 
 if TYPE_CHECKING:
     from llm_pruner.evaluation.perplexity import PerplexityResult
-    from llm_pruner.report.records import Compressed, Measured
+    from llm_pruner.report.records import Compressed
 
 EXAMPLES = """\b
 Examples:
@@ -43,11 +33,7 @@ Examples:
 """
 
 
-def run(
-    settings: CompressSettings,
-    json: str | None,
-    first: Callable[[Measured], None] = lambda _: None,
-) -> None:
+def run(settings: CompressSettings, json: str | None) -> None:
     """Make a smaller model: prune, recover, evaluate, report.
 
     An interrupted run goes on when the same command is given again.
@@ -64,50 +50,10 @@ def run(
             tell=tell_stage,
             say=Narrator(quiet=True),
             going_on=tell_going_on,
-            first=first,
         )
     for note in done.notes:
         warn(note)
     hand_over(done, json, show)
-
-
-_DEMO, _DEMO_PRESET = Path("demo-out"), "balanced"
-_DEMO_SAMPLES = 160
-"""A fixed number of texts, so that a demo can be repeated."""
-
-
-def demo(
-    out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.")
-    ] = _DEMO,
-    json: Json = None,
-) -> None:
-    """Compress the embedded model by 20%: prune, recover, compare.
-
-    An interrupted demo goes on; the result of an earlier one is replaced.
-    """
-    check_json(json, out)
-    settings = CompressSettings(
-        model="default",
-        out=out,
-        # Its own folder it may replace, but nothing else that a user gave this name.
-        overwrite=out == _DEMO and (out / "plan.json").is_file(),
-        ratio=0.2,
-        preset=_DEMO_PRESET,
-        samples=_DEMO_SAMPLES,
-    )
-    if json == "-":
-        run(settings, json)
-    else:
-        run(settings, json, first=_show_dense)
-
-
-def _show_dense(found: Measured) -> None:
-    """Print the figures of the dense model, while it is being pruned."""
-    rows = [("parameters", count(found.parameters))]
-    rows += [(f"perplexity, {text.corpus}", _perplexity(text)) for text in found.perplexity]
-    Screen().table("Before", ("", "dense"), rows)
-    sys.stdout.flush()
 
 
 def show(done: Compressed) -> None:

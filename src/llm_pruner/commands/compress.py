@@ -87,7 +87,6 @@ def compress(
     tell: Callable[[str], None] = lambda _: None,
     say: Callable[[Progress], None] = lambda _: None,
     going_on: Callable[[Path], None] = lambda _: None,
-    first: Callable[[Measured], None] = lambda _: None,
 ) -> Compressed:
     """Make a smaller model of ``settings.model`` in the folder ``settings.out``.
 
@@ -99,7 +98,6 @@ def compress(
         tell: is told each stage as it begins.
         say: is told the course of the training.
         going_on: is told the folder of an interrupted run that goes on.
-        first: is told size and perplexities of the dense model.
 
     Raises:
         UserError: something that was given must change.
@@ -114,7 +112,7 @@ def compress(
     with opened(work, facts, restart=settings.restart) as run:
         if run.continued:
             going_on(work)
-        stages = _Stages(settings, run, command, tell, say, first, facts)
+        stages = _Stages(settings, run, command, tell, say, facts)
         try:
             done = run.once(_RESULT, Compressed, stages.all, "report")
         except UserError:
@@ -152,7 +150,6 @@ class _Stages:
     command: str | None
     tell: Callable[[str], None]
     say: Callable[[Progress], None]
-    first: Callable[[Measured], None]
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     start: Path | None = None
@@ -245,8 +242,7 @@ class _Stages:
                 speed=True,
                 against=against,
             )
-            first = self.first if variant == "dense" else lambda _: None
-            return measure_apart(asked, WINDOW, first)
+            return measure_apart(asked, WINDOW)
 
         return self.run.once(variant, Measured, make)
 
