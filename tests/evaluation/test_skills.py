@@ -18,7 +18,7 @@ import llm_pruner as lp
 import llm_pruner.commands.evaluate
 import llm_pruner.evaluation.health as health_module
 import llm_pruner.models.load
-from command import done, refused, run, save_tiny
+from command import done, run, save_tiny
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.commands.abilities import prepare
 from llm_pruner.errors import UserError
@@ -316,8 +316,9 @@ def test_a_prompt_that_is_too_long_is_refused(
     Path("long.txt").write_text(f"Why?\n{'x' * 99}\n")
     model = save_tiny(tmp_path / "m", num_hidden_layers=2, max_position_embeddings=64)
     data = ("--skills-data", tmp_path) if "--skills" in asked else ()
-    said = refused("evaluate", model, *asked, *data)
-    assert "leaves no room for an answer: the model reads 64" in said
+    result = run("evaluate", model, *asked, *data)
+    assert result.code == 2
+    assert "leaves no room for an answer: the model reads 64" in result.err
 
 
 def test_health_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,7 +164,7 @@ def test_the_table_fits_and_says_what_it_took(models: dict[str, Path], data: Pat
     )
     assert result.err == ""
     assert max(map(len, result.out.splitlines())) <= 80
-    assert re.search(r"boolq +4 +acc \* +[01]\.\d{4} +0\.\d{4}", result.out)
+    assert re.search(r"boolq +4 +acc \* +[01]\.\d{4} ± 0\.\d{4}", result.out)
     assert re.search(r"acc_norm +[01]\.\d{4}", result.out)
     assert "the metric that LLM-Pruner reports" in result.out
     assert "their start was cut: 2 answers of boolq" in result.out

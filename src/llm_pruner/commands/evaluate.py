@@ -93,6 +93,9 @@ def measure(
         perplexity=perplexities,
     )
     first(found)
+    if asks and dense is not None:
+        late.unload()  # from here on, each is alone in memory
+        late.room = settings.room
     if dense is not None:
         known = _known(dense)
         found = replace(
@@ -131,8 +134,6 @@ def _with_abilities(
     """Add what the models can do; each is alone in memory."""
     beside = None
     if dense is not None:
-        late.unload()
-        late.room = settings.room
         beside = abilities(settings, prepare(settings), dense)  # a task runs once
         dense.unload()
     own, kept = abilities(settings, prepared, late), None
