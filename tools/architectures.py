@@ -43,6 +43,7 @@ from tiny_configs import NOT_DECODERS, TYPES, tiny_config  # noqa: E402
 
 from llm_pruner.checkpoints import save_checkpoint  # noqa: E402
 from llm_pruner.discovery.groups import discover  # noqa: E402
+from llm_pruner.discovery.run import named_tensors  # noqa: E402
 from llm_pruner.errors import DiscoveryError, UserError  # noqa: E402
 from llm_pruner.models.forward import run_for_logits  # noqa: E402
 from llm_pruner.models.layers import sharing_copy  # noqa: E402
@@ -50,7 +51,6 @@ from llm_pruner.models.load import load_model  # noqa: E402
 from llm_pruner.surgery.cut import cut_  # noqa: E402
 from llm_pruner.surgery.twin import pruned_logits, twin_logits  # noqa: E402
 from llm_pruner.surgery.verify import largest_difference  # noqa: E402
-from llm_pruner.tracing.run import named_tensors  # noqa: E402
 from llm_pruner.types import Discovery, Group, Removal  # noqa: E402
 from removals import bound_to, pick, scenes_apart  # noqa: E402
 

@@ -16,12 +16,12 @@ from torch.overrides import TorchFunctionMode
 
 from families import FAMILIES, discovered, make
 from llm_pruner.discovery.groups import discover
+from llm_pruner.discovery.run import forward_with_cache
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.surgery.cut import cut_
 from llm_pruner.surgery.removal import count_parameters, removed_positions
 from llm_pruner.surgery.twin import pruned_logits, twin_logits
 from llm_pruner.surgery.verify import largest_difference
-from llm_pruner.tracing.run import forward_with_cache
 from llm_pruner.types import Discovery, Removal
 from removals import bound_to, pick, scenes_apart
 

@@ -20,6 +20,7 @@ from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llm_pruner.discovery.groups import discover
+from llm_pruner.discovery.run import vocabulary_size
 from llm_pruner.errors import DiscoveryError, InfeasibleError
 from llm_pruner.models.forward import logits_of
 from llm_pruner.surgery.cut import cut_
@@ -28,7 +29,6 @@ from llm_pruner.surgery.twin import pruned_logits, twin_logits
 from llm_pruner.surgery.verify import largest_difference
 from llm_pruner.surgery.verify import prune_ as verified_prune_
 from llm_pruner.tracing import run as tracing
-from llm_pruner.tracing.run import vocabulary_size
 from llm_pruner.tracing.scenes import staged
 from llm_pruner.types import Discovery, Group, Removal
 from nets import HEADS, HIDDEN, SIZE, VOCABULARY, Attention, Body, Gated, Net, attend

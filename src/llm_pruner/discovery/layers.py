@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from llm_pruner.discovery.run import Run, run_trace
 from llm_pruner.errors import DiscoveryError
 from llm_pruner.models.layers import is_layer_list, numbering, without_layers
 from llm_pruner.tracing.calls import different
-from llm_pruner.tracing.run import Run, run_trace
 from llm_pruner.tracing.sizes import COMPARISONS, PLACE, Expr, leaves
 from llm_pruner.tracing.trace import Trace
 from llm_pruner.types import Group

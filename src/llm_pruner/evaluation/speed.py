@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from llm_pruner.discovery.run import example_tokens
 from llm_pruner.models.forward import Decoder, dtype_name
 from llm_pruner.runtime.progress import track
-from llm_pruner.tracing.run import example_tokens
 from llm_pruner.tracing.scenes import staged
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 32

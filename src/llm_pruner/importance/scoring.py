@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from llm_pruner.discovery.run import changed_since
 from llm_pruner.errors import UserError
 from llm_pruner.importance.criteria import MEASURES, Criterion
 from llm_pruner.importance.members import last_members
@@ -20,7 +21,6 @@ from llm_pruner.models.forward import token_ids, undisturbed
 from llm_pruner.models.streaming import values_of
 from llm_pruner.settings.options import near
 from llm_pruner.tracing.provenance import put_back, spaces_of
-from llm_pruner.tracing.run import changed_since
 from llm_pruner.types import Discovery, FloatArray, Group
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from llm_pruner.discovery.run import changed_since, named_tensors
 from llm_pruner.errors import InfeasibleError
 from llm_pruner.models.layers import (
     Renaming,
@@ -30,7 +31,6 @@ from llm_pruner.surgery.removal import (
     unit_problems,
 )
 from llm_pruner.tracing.provenance import WEIGHTS, descriptions, spaces_of
-from llm_pruner.tracing.run import changed_since, named_tensors
 from llm_pruner.types import Discovery, Edits, IntArray, Removal
 
 Places: TypeAlias = list[tuple[nn.Module, str]]

@@ -21,6 +21,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from llm_pruner.discovery.run import (
+    changed_since,
+    in_view,
+    label_model,
+    named_tensors,
+    tokens_of,
+    traced,
+    watched,
+)
 from llm_pruner.errors import InfeasibleError, VerificationError, in_short
 from llm_pruner.models.forward import module_of, token_ids
 from llm_pruner.models.streaming import is_streamed, zeroed
@@ -32,15 +41,6 @@ from llm_pruner.surgery.removal import (
 )
 from llm_pruner.tracing.calls import hidden_in
 from llm_pruner.tracing.ops import Call, Operation
-from llm_pruner.tracing.run import (
-    changed_since,
-    in_view,
-    label_model,
-    named_tensors,
-    tokens_of,
-    traced,
-    watched,
-)
 from llm_pruner.tracing.scenes import Scene, few, staged, unwritten
 from llm_pruner.tracing.trace import Trace
 from llm_pruner.tracing.tracer import Tracer
