@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from llm_pruner.discovery.lengths import reduce_constraints
 from llm_pruner.errors import InfeasibleError
-from llm_pruner.tracing.lengths import reduce_constraints
 from llm_pruner.tracing.sizes import (
     PLACE,
     Expr,

@@ -14,6 +14,7 @@ from torch import nn
 
 from llm_pruner.discovery.atom_runs import Runs
 from llm_pruner.discovery.layers import layer_groups, outer_lists
+from llm_pruner.discovery.lengths import Graph, SizeSystem, reduce_constraints
 from llm_pruner.discovery.run import (
     Run,
     forward_with_cache,
@@ -24,7 +25,6 @@ from llm_pruner.discovery.run import (
 )
 from llm_pruner.errors import DiscoveryError, InfeasibleError
 from llm_pruner.models.forward import module_of, token_ids
-from llm_pruner.tracing.lengths import Graph, SizeSystem, reduce_constraints
 from llm_pruner.tracing.scenes import Forward, is_of_transformers, scenes_of
 from llm_pruner.tracing.trace import Role
 from llm_pruner.types import (

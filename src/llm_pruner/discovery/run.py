@@ -15,7 +15,6 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import llm_pruner.tracing.rules  # noqa: F401 - fills the table of operations
-from llm_pruner.discovery.ghosts import GhostRunner, ghosts_of
 from llm_pruner.errors import DiscoveryError, LLMPrunerError
 from llm_pruner.models.forward import (
     cache_argument,
@@ -27,6 +26,7 @@ from llm_pruner.models.forward import (
 )
 from llm_pruner.tracing.calls import Layers, Siblings
 from llm_pruner.tracing.functions import SizeMode
+from llm_pruner.tracing.ghosts import GhostRunner, ghosts_of
 from llm_pruner.tracing.ops import Call, Operation
 from llm_pruner.tracing.provenance import (
     put_back,

@@ -23,11 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from llm_pruner.discovery.ghosts import GhostRunner, ghosts_of
 from llm_pruner.discovery.run import example_tokens
 from llm_pruner.errors import LLMPrunerError
 from llm_pruner.models.forward import Decoder, caching, is_on_meta, logits_of, tensor_bytes
 from llm_pruner.models.layers import heaviest_list, names_in_float32
+from llm_pruner.tracing.ghosts import GhostRunner, ghosts_of
 from llm_pruner.tracing.ops import operation, tensors_in
 from llm_pruner.tracing.scenes import staged
 from llm_pruner.types import Size

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llm_pruner.discovery.ghosts import GhostRunner
 from llm_pruner.tracing.atoms import empty_rows, product_rows
+from llm_pruner.tracing.ghosts import GhostRunner
 from llm_pruner.tracing.ops import Call, Operation, UnplacedError, operation, tensors_in
 from llm_pruner.tracing.scenes import storage_of
 from llm_pruner.tracing.sizes import Equation, Expr, TracedInt, code_line, expr_of, leaves

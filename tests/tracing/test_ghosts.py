@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-import llm_pruner.discovery.ghosts
+import llm_pruner.tracing.ghosts
 from command import done, run, save_tiny
 from families import BASE, FAMILIES, discovered, llama_7b, make
 from llm_pruner import Selection, Target, allocate, count_parameters, discover
-from llm_pruner.discovery.ghosts import ghosts_of, is_ghost
 from llm_pruner.errors import UserError
 from llm_pruner.models.load import load_model
+from llm_pruner.tracing.ghosts import ghosts_of, is_ghost
 from llm_pruner.types import Discovery, Group
 
 
@@ -58,7 +58,7 @@ def test_groups_are_those_of_a_real_trace(name: str) -> None:
 @pytest.mark.parametrize("experts", ["eager", "batched_mm"])
 def test_large_results_are_ghosts_too(experts: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every implementation of experts, with no room for the weights of all chosen experts."""
-    monkeypatch.setattr(llm_pruner.discovery.ghosts, "LARGEST", 4096)
+    monkeypatch.setattr(llm_pruner.tracing.ghosts, "LARGEST", 4096)
     real = make("qwen3_moe")
     real.set_experts_implementation(experts)
     meta = without_weights("qwen3_moe", experts_implementation=experts)
