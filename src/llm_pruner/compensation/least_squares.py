@@ -51,7 +51,6 @@ class Equations(ABC):
     """Weighted tokens that a weight is fitted to."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        """Begin without tokens; ``weight``, (out, in features), is as cut."""
         self.weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> None:
@@ -108,13 +107,7 @@ class Rows(Equations):
     def turns(
         self, weight: torch.Tensor, changes: Sequence[torch.Tensor], outputs: torch.Tensor
     ) -> tuple[float, float]:
-        """Return the first and second derivative of `error` for some rows of the weight.
-
-        Args:
-            weight: these rows.
-            changes: their first and second derivative.
-            outputs: their numbers.
-        """
+        """Return the first and second derivative of `error` for some rows of the weight."""
         x, targets = self.inputs, self.targets[:, outputs]
         with fast_products():
             left = (targets - x @ weight.T).double()
@@ -176,8 +169,6 @@ class System:
 
     Attributes:
         right: gives the right-hand sides of some output features, shape (outputs, unknowns).
-        back: turns a solution into a change of the weight: a matrix (unknowns, in_features), or a
-            factor of each input (in_features,).
     """
 
     matrix: torch.Tensor
@@ -239,10 +230,6 @@ def best_refit(
 
     It is fitted to all tokens then. Where no ridge lowers the held-out error the weight stays. The
     search is Newton's, in the logarithm of the ridge.
-
-    Args:
-        ridges: the least and the largest.
-        start: the ridge that is tried first, by default the middle one.
     """
     ridge, before, after = _chosen(fit, held_out, ridges, start)
     if ridge is None:

@@ -146,8 +146,6 @@ def held_out_samples(samples: int, seq_len: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Consumer:
-    """A consumer that is left; ``out``: output features of the dense module that it has still."""
-
     name: str
     module: nn.Module
     out: torch.Tensor
@@ -183,8 +181,6 @@ def _consumers_left(
 
 
 class _Reached(Exception):  # noqa: N818 - a signal, not an error
-    """Ends a forward pass at the tensor of interest."""
-
     def __init__(self, value: torch.Tensor) -> None:
         super().__init__()
         self.value = value
@@ -279,14 +275,12 @@ class _Refit:
         return behind
 
     def _advance(self, chain: Chain, index: int, hidden: _Rows, behind: _Rows) -> None:
-        """Store the hidden states behind a block, which may take the place of those before it."""
         missing = [part for part in self.parts if not behind.has(part)]
         with turn(*(chain.blocks[index : index + 1] if missing else ())):
             for part in missing:
                 behind.write(part, self._run(chain, index, part, hidden.read(part)))
 
     def _block(self, index: int, at: int, target: _Rows) -> tuple[int, _Rows]:
-        """Refit a block's consumers and go past it; return dense blocks behind and their states."""
         inside = {id(module) for module in self.dense.blocks[at].modules()}
         if not any(consumer.fitted for key, consumer in self.consumers.items() if key in inside):
             self._advance(self.pruned, index, self.hidden, self.hidden)
@@ -418,7 +412,6 @@ class _Refit:
     def _reach(
         self, index: int, part: slice, states: torch.Tensor, order: Sequence[_Consumer]
     ) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """Return the last consumer's input and the sum of the outputs of those before it."""
         before: list[torch.Tensor] = []
 
         def stop(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:

@@ -42,8 +42,6 @@ class Calibration:
 
     Attributes:
         input_ids: shape (samples, seq_len), int64, on the CPU; every position is a real token.
-        settings: what a plan records: source, name, split, text_field, text_split (as it was asked
-            for), samples, seq_len, seed and the fingerprint of ``input_ids``.
         unseen: other windows of the same sources, shape (windows, seq_len), to measure on; none
             unless they were asked for.
     """
@@ -73,19 +71,6 @@ def build_calibration(
     WikiText or Penn Treebank, documents shorter than ``SHORT_DOCUMENT`` characters on average)
     stays in its order as one document. Several sources give their shares, see ``shares_of``, spread
     evenly over the order.
-
-    Args:
-        asked: what is read, and how much; see ``load_documents``, and ``WRITERS`` for what
-            the model writes.
-        model: that reads it; needed for ``self`` and ``chat`` alone.
-        least: share of its windows that a source must have; by default all if the number is the
-            user's, and a quarter if it is a preset's.
-        unseen: return up to so many other windows of the same sources; they do not change the
-            ``samples`` windows.
-
-    Raises:
-        UserError: a source cannot be read, or holds too few tokens; windows are longer than what
-            the model reads.
     """
     check_length(model, asked.seq_len)
     if least is None:
@@ -132,7 +117,6 @@ def build_calibration(
 
 
 def _spread(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Return the rows of all parts, those of each spread evenly over the whole."""
     spread = [((row + 0.5) / len(part), part[row]) for part in parts for row in range(len(part))]
     rows = [row for _, row in sorted(spread, key=lambda placed: placed[0])]
     return torch.stack(rows) if rows else torch.empty(0, 0, device="cpu").long()
@@ -208,8 +192,6 @@ def _self_written(
 
 
 class _Stream:
-    """Tokens of documents one behind the other, and where windows of ``size`` begin in them."""
-
     def __init__(self, tokenizer: Any, size: int) -> None:
         self.tokenizer, self.size = tokenizer, size
         self.prefix, self.suffix = added_tokens(tokenizer)
@@ -237,7 +219,6 @@ class _Stream:
 
 
 def _texts(documents: Documents, parting: str, needed: int) -> list[str]:
-    """Return so many tokens of documents, with what parts them, or a running text as one."""
     running = running_text(documents, "standard")
     if running is None and sum(map(len, documents.texts)) < SHORT_DOCUMENT * len(documents.texts):
         running = documents.raw
@@ -317,9 +298,6 @@ def further_text(
 
     Args:
         known: token ids, shape (samples, seq_len).
-        apart: windows that judge the fit, of the same length; no window is returned that shares
-            ``SHARED`` tokens in a row with them.
-        count: of further ones, as far as the sources have them.
     """
     read = {one: share for one, share in shares_of(asked.calibration).items() if one not in WRITERS}
     rows = [*known]

@@ -78,15 +78,6 @@ def load_examples(
       the system says and the pairs of ``history`` before it. ``input`` alone
       is the instruction;
     - else plain text, found as ``load_documents`` finds it. ``text_field`` asks for this.
-
-    Args:
-        source: a ``.txt``, ``.jsonl``, ``.json`` or ``.parquet`` file, or a hub dataset.
-        split: of a hub dataset, by default ``train``.
-        limit: read at most this many records of a hub dataset.
-
-    Raises:
-        UserError: the source cannot be read, a record is not what that one is, or all are
-            empty.
     """
     check_is_stored(source)
     if limit is None and is_endless(source):
@@ -112,7 +103,6 @@ def load_examples(
 def _reader(
     row: Mapping[str, Any] | None, text_field: str | None
 ) -> Callable[[Any, str], Example] | None:
-    """Return what reads records like this one, None if they are plain text."""
     if text_field is not None or row is None:
         return None
     if (chat := chat_field(row)) is not None:
@@ -123,7 +113,6 @@ def _reader(
 
 
 def _chat(field: str, row: Any, where: str) -> Example:
-    """Read a record that holds a list of messages."""
     messages = row.get(field) if isinstance(row, Mapping) else None
     if not isinstance(messages, (list, tuple)):
         raise UserError(f"{where} has no list {field!r}; repair or remove the record")
@@ -146,7 +135,6 @@ def _turn(message: Any, where: str) -> Turn:
 
 
 def _instruction(question: str, answer: str, row: Any, where: str) -> Example:
-    """Read a record in the Alpaca schema, under one of its names; empty if nothing is asked."""
     row = row if isinstance(row, Mapping) else {question: "", answer: ""}
     # Where there is no context, its field may be left out.
     texts = [name for name in CONTEXTS if isinstance(row.get(name), str) and row[name]]
@@ -167,13 +155,11 @@ def _instruction(question: str, answer: str, row: Any, where: str) -> Example:
 
 
 def _system(row: Mapping[str, Any]) -> list[Turn]:
-    """Return what a field of its own says before all turns, if there is one."""
     said = (row.get(name) for name in SYSTEMS)
     return [Turn("system", text) for text in said if isinstance(text, str) and text.strip()][:1]
 
 
 def _earlier(history: Any) -> list[Turn]:
-    """Return the turns of a list of questions and their answers; none if it is something else."""
     pairs = history if isinstance(history, (list, tuple)) else ()
     said = [one for pair in pairs for one in (pair if isinstance(pair, (list, tuple)) else (None,))]
     if len(said) % 2 or not all(isinstance(one, str) for one in said):

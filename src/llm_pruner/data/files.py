@@ -35,11 +35,7 @@ class NoFieldError(UserError):
 
 
 def read_rows(path: Path) -> Iterator[Any]:
-    """Yield the records of a file as they are; a ``.txt`` file is one record, its text.
-
-    Raises:
-        UserError: there is no such file, or it cannot be read as what its suffix says.
-    """
+    """Yield the records of a file as they are; a ``.txt`` file is one record, its text."""
     suffix = path.suffix.lower()
     if not path.is_file():
         raise UserError(f"{path} does not exist or is no file; give one {_KNOWN} file")
@@ -103,11 +99,7 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
 
 
 def texts_of_rows(rows: Iterable[Any], name: str, text_field: str | None) -> Iterator[str]:
-    """Yield the text of each row, a string or a mapping; see ``load_documents`` for the fields.
-
-    Raises:
-        UserError: it does not show which field holds the text, or a row has none there.
-    """
+    """Yield the text of each row, a string or a mapping; see ``load_documents`` for the fields."""
     rest = iter(rows)
     begin = [*islice(rest, BEGINNING)]
     fields: tuple[str, ...] = ()
@@ -129,7 +121,6 @@ def texts_of_rows(rows: Iterable[Any], name: str, text_field: str | None) -> Ite
 
 
 def _text_in(value: Any, of_chat: bool) -> str | None:
-    """Return a text, or what the messages of a chat say; None for anything else."""
     if isinstance(value, list) and of_chat:
         messages = [one if isinstance(one, Mapping) else {} for one in value]
         said = [one.get("content", one.get("value")) for one in messages]
@@ -166,7 +157,6 @@ def answer_fields(row: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _known_fields(row: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Return the fields that hold the text of a record by their names; None if none do."""
     if isinstance(row.get("text"), str):
         return ("text",)
     if (chat := chat_field(row)) is not None:
@@ -248,9 +238,6 @@ def read_source(
 
     With a limit a dataset is streamed, so that only its beginning is downloaded. The split of a
     dataset is by default ``train``, that of a file None.
-
-    Raises:
-        UserError: the dataset cannot be had, or is endless and has no limit.
     """
     if is_file_name(source):
         file = expanded(source)
@@ -305,11 +292,7 @@ _SKILLS = {
 
 
 def read_task(folder: Path, task: str) -> list[Record]:
-    """Return the records of ``<task>.jsonl`` in a folder, with the fields of the task and no other.
-
-    Raises:
-        UserError: the task is none of ``LOCAL_TASKS``, there is no file, or a line lacks a field.
-    """
+    """Return the records of ``<task>.jsonl`` in a folder, with the fields of the task alone."""
     if task not in _TASKS:
         raise UserError(
             f"task {task!r} has no local form; offline there are {', '.join(LOCAL_TASKS)}; "

@@ -75,9 +75,6 @@ def write_text(
 
     With ``turns`` a sequence is a chat: questions and answers by turns. The tokens that end a turn
     are drawn as others are.
-
-    Raises:
-        UserError: the model's logits are not finite, or ``seq_len`` is beyond its positions.
     """
     check_length(model, seq_len)
     device = next(model.parameters()).device
@@ -170,11 +167,7 @@ def write_windows(
 def write_chats(
     model: Any, tokenizer: Any, *, samples: int, seq_len: int, seed: int
 ) -> torch.Tensor:
-    """Return windows of chats of ``PIECE`` tokens, int64 of shape (samples, seq_len).
-
-    Raises:
-        UserError: as ``write_text``; the tokenizer has no chat template that says where turns end.
-    """
+    """Return windows of chats of ``PIECE`` tokens, int64 of shape (samples, seq_len)."""
     windows = max(1, min(PIECE, maximum_length(model) or PIECE) // seq_len)
     how = {"samples": -(-samples // windows), "seq_len": windows * seq_len, "seed": seed}
     chats = write_text(model, tokenizer, turns=Turns(tokenizer), **how)
@@ -207,7 +200,6 @@ def _fast(model: Any) -> Any:
 
 
 def _texts_at_a_time(model: Any, opening: torch.Tensor, seq_len: int) -> int:
-    """Return how many texts that open so, (1, tokens), fit in ``CACHE``, up to ``TEXTS``."""
     fewest = max(1, TOKENS // seq_len)
     if fewest >= TEXTS or cache_argument(model) is None:
         return fewest

@@ -25,7 +25,6 @@ class TrainingSequence:
         input_ids: int64 of shape (length,), with the special tokens that belong to the sample.
         learned: bool of shape (length,); position t is predicted from the tokens before it, so the
             first is never learned.
-        source: index of the source that it came from.
     """
 
     input_ids: npt.NDArray[np.int64]
@@ -125,14 +124,6 @@ def encode_each(
     A chat is written with the tokenizer's chat template (``chat``), or as the Alpaca prompt and its
     answer (``alpaca``); ``auto`` takes the template where there is one. What is longer than
     ``seq_len`` is cut off. A text is cut into windows of ``seq_len``. Both end with the end token.
-
-    Args:
-        mask_prompt: learn only what the assistant wrote.
-        source: what ``TrainingSequence.source`` says.
-
-    Raises:
-        UserError: the tokenizer has no chat template, it rejects an example, or no sequence is
-            left.
     """
     if template == "chat" and not getattr(tokenizer, "chat_template", None):
         raise UserError("the tokenizer has no chat template; use --set template=alpaca")
@@ -168,7 +159,6 @@ def check_chats(examples: Sequence[Example], tokenizer: Any) -> None:
 
 
 def _encoded(pieces: Sequence[Piece], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Return the ids of pieces encoded as one text, and which tokens are learned in part."""
     text = "".join(part for part, _ in pieces)
     if all(each for _, each in pieces):
         ids = bare_ids(tokenizer, text)

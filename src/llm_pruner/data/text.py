@@ -46,15 +46,7 @@ DEMO = "demo"
 
 @dataclass(frozen=True)
 class Documents:
-    """Text of one source.
-
-    Attributes:
-        texts: the documents in the source's order, blank ones included; a ``.txt`` file is one
-            document, its whole content.
-        name: file name, or hub name with config.
-        split: split of a hub dataset; None for a local file.
-        plain: true for a ``.txt`` file, whose lines can be read as records.
-    """
+    """Text of one source."""
 
     texts: tuple[str, ...]
     name: str
@@ -81,9 +73,6 @@ def shares_of(mixture: str) -> dict[str, float]:
     """Return source -> share of a mixture such as ``c4:0.6,code.jsonl:0.4``, equal without shares.
 
     A file's name may hold commas, and what a share looks like.
-
-    Raises:
-        UserError: a source stands twice, or some have no share or the share 0 and others have one.
     """
     if _is_there(mixture):
         return {mixture: 1.0}
@@ -116,22 +105,7 @@ def load_documents(
     text_field: str | None = None,
     limit: int | None = None,
 ) -> Documents:
-    """Read the documents of a source.
-
-    Args:
-        source: a ``.txt``, ``.jsonl``, ``.json`` or ``.parquet`` file; else a hub dataset, one of
-            the short names ``wikitext2``, ``ptb``, ``c4``, ``bookcorpus``, ``wikipedia`` and
-            ``code`` (Python), or ``name:config``.
-        split: split of a hub dataset, by default ``train``.
-        text_field: the field that holds the text. By default ``text``; else what is said in
-            ``messages`` or ``conversations``, or the Alpaca fields (``instruction``, ``input`` and
-            ``output``, or their other names), joined by blank lines; else the one field whose
-            value is a string.
-        limit: read at most this many documents of a hub dataset.
-
-    Raises:
-        UserError: the source cannot be read, holds no text, or does not show which field holds it.
-    """
+    """Read the documents of a source."""
     check_is_stored(source)
     name, used_split, rows = read_source(source, split=split, limit=limit)
     texts = tuple(texts_of_rows(rows, name, text_field or field_of(source)))
@@ -152,11 +126,7 @@ def check_is_stored(source: str) -> None:
 def read_each(
     read: Callable[[str, str | None], T], sources: Iterable[str], text_field: str | None
 ) -> dict[str, T]:
-    """Read several sources, each once; ``text_field`` holds for those that have such a field.
-
-    Raises:
-        NoFieldError: none of them has it.
-    """
+    """Read several sources, each once; ``text_field`` holds for those that have such a field."""
     names = [*dict.fromkeys(sources)]
     found: dict[str, T] = {}
     lacking: dict[str, NoFieldError] = {}
@@ -244,14 +214,6 @@ def load_evaluation_text(source: str, asked: PerplexitySettings) -> EvaluationTe
       split.
 
     WikiText and Penn Treebank are known by their look, so a local file works under any name.
-
-    Args:
-        source: ``demo`` for the text that this package ships; else as for ``load_documents``.
-        asked: names the protocol, and what ``load_documents`` is told; the split is by default the
-            one that the protocol reads, else ``test``.
-
-    Raises:
-        UserError: as ``load_documents``.
     """
     if source == DEMO:
         return EvaluationText("demo text", None, demo_text())

@@ -62,15 +62,6 @@ def split_samples(
     Exact repeats are dropped, and so is what has nothing to learn. A source of few long texts gives
     its last windows. Of long examples that are held out only the first windows are scored, and the
     rest is not used.
-
-    Args:
-        limit: use at most this many examples, drawn at random.
-        held_out: examples to hold out; by default one in 20, at most 256.
-        seed: of the draw.
-        encoding: the length and what else ``encode_examples`` takes.
-
-    Raises:
-        UserError: there are too few, or as ``encode_examples``.
     """
     unique = list(dict.fromkeys(examples.examples))
     if len(unique) < _SHARE:
@@ -93,7 +84,6 @@ def split_samples(
 def _apart(
     samples: list[TrainingSequence], others: list[TrainingSequence]
 ) -> list[TrainingSequence]:
-    """Return the samples that none of the others is equal to; all, if there are none such."""
     spelled = {one.input_ids.tobytes() for one in others}
     return [one for one in samples if one.input_ids.tobytes() not in spelled] or samples
 
@@ -128,10 +118,6 @@ def held_out_windows(
     The samples of a source stand one behind the other, of each source at most its equal part of
     ``HELD_OUT_TOKENS``; a short source does not make those of others fewer. A window has
     ``seq_len`` tokens, or all if they are fewer.
-
-    Args:
-        prefix: tokens that begin each window, and no longer the samples, where no text foretells
-            them.
     """
     most = HELD_OUT_TOKENS // len(samples)
     parts = [

@@ -22,7 +22,6 @@ class Turns:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        """Read the template, or raise UserError if it tells no turns."""
         if not getattr(tokenizer, "chat_template", None):
             raise UserError("source 'chat' needs a chat template, and the tokenizer has none")
         roles = ("user", "assistant", "user")

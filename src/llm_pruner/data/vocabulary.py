@@ -29,11 +29,7 @@ _BATCH, _PIECE = 1000, 2**20
 
 
 def vocabulary_of(tokenizer: Any, needed: Collection[int] = ()) -> Vocabulary:
-    """Return what a tokenizer knows; tokens in ``needed`` always stay.
-
-    Raises:
-        UserError: one of these is unknown, or tokens of such a tokenizer cannot be removed.
-    """
+    """Return what a tokenizer knows; tokens in ``needed`` always stay."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = {} if backend is None else json.loads(backend.to_str())["model"]
     kind = model.get("type") or type(tokenizer).__name__
@@ -58,8 +54,6 @@ class Vocabulary:
     """What a tokenizer knows.
 
     Attributes:
-        size: one more than the largest token id.
-        known: all tokens.
         always: tokens that stay: added ones, single characters or bytes, and those needed.
     """
 
@@ -117,10 +111,6 @@ class Vocabulary:
         """Return the sorted ids of the tokens that stay: the most frequent, then the lowest ids.
 
         Each stays with the tokens that it is made of.
-
-        Args:
-            counts: as `count` returns them.
-            size: how many stay; None for all that the text has. UserError as `check`.
         """
         self.check(size)
         kept = set(self.always)

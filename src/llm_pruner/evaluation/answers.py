@@ -27,13 +27,7 @@ _ROUNDING = 0.05
 
 @dataclass(frozen=True)
 class Answer:
-    """What was written after a prompt.
-
-    Attributes:
-        tokens: without the end token.
-        text: decoded.
-        ended: whether the model wrote an end token.
-    """
+    """What was written after a prompt."""
 
     tokens: tuple[int, ...]
     text: str
@@ -42,14 +36,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Asked:
-    """Prompts, and how long an answer may be.
-
-    Attributes:
-        new_tokens: at most so many are written.
-        chat: put a prompt as a user's message, in the tokenizer's template if it has one.
-        stops: texts after which nothing more is needed.
-        title: of the bar.
-    """
+    """Prompts, and how long an answer may be."""
 
     prompts: tuple[str, ...]
     new_tokens: int
@@ -175,8 +162,6 @@ def _plainly(model: Any) -> Iterator[None]:
 
 
 class _Stops(StoppingCriteria):
-    """Ends a row in whose last tokens one of the texts stands."""
-
     def __init__(self, tokenizer: Any, texts: Sequence[str], start: int) -> None:
         self.tokenizer, self.texts, self.start = tokenizer, texts, start
 

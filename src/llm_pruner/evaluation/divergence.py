@@ -23,9 +23,6 @@ class Divergence:
 
     Attributes:
         kl: mean over the predicted tokens of KL(dense || model) = sum_v p_v log(p_v / q_v), nats.
-        kl_stderr: its standard error, from the spread between windows; None for a single window.
-        changed: share of the tokens whose likeliest continuation is another one.
-        changed_stderr: its standard error, likewise.
     """
 
     against: str

@@ -67,9 +67,6 @@ class Counts:
     """What a generation takes; see ``count_work``.
 
     Attributes:
-        prefill_macs: multiply-accumulates of the prompts as they are read before decoding, for
-            which the logits of the last position are enough.
-        token_macs: of one more token for each text, with the cache.
         token_bytes_read: bytes of all operands of that token's products: weights, cache,
             activations. It reads each weight once, which is what limits its speed.
         cache_bytes_per_token: growth of one text's cache with each token, over all layers. Layers
@@ -123,7 +120,6 @@ def count_work(
 
 @contextmanager
 def _runnable(model: Any, *, weights: bool = True) -> Iterator[None]:
-    """Let a model run, with stand-ins where it has no weights, or is to be run without them."""
     with ExitStack() as stack:
         if is_on_meta(model) or not weights:
             stack.enter_context(ghosts_of(model, weights=not weights))

@@ -33,11 +33,7 @@ _GENERATION_BATCH = 8
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A task with its documents, before it is run.
-
-    Attributes:
-        tasks: what the harness's task manager returns: ``tasks`` by name, ``group_map`` and so on.
-    """
+    """A task with its documents, before it is run."""
 
     name: str
     tasks: dict[str, Any]
@@ -165,7 +161,6 @@ def _named(name: str) -> dict[str, Any]:
 
 
 def _identity(tasks: dict[str, Any], documents: dict[str, str], limit: int | None) -> str:
-    """Hash all that decides a result but the model and the harness's version."""
     data = {"metadata", "custom_dataset", "dataset_kwargs"}
     parts: list[Any] = [limit, tasks.get("group_map")]
     for name, task in sorted(tasks["tasks"].items()):
@@ -240,7 +235,6 @@ def _result(name: str, found: dict[str, Any], truncated: int) -> zero_shot.TaskR
 
 
 def _right(name: str, found: dict[str, Any]) -> str | None:
-    """Return whether each document was answered right by the paper's metric, as 0 and 1."""
     metric = zero_shot.PAPER_METRICS.get(name)
     if metric is None:
         return None
@@ -249,7 +243,6 @@ def _right(name: str, found: dict[str, Any]) -> str | None:
 
 
 def _members(name: str, found: dict[str, Any]) -> set[str]:
-    """Return the tasks that a result is of: itself, or those of a group and of groups in it."""
     if name in found["n-samples"]:
         return {name}
     return {one for part in found["group_subtasks"][name] for one in _members(part, found)}

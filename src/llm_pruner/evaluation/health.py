@@ -17,13 +17,7 @@ said ``REPEATS`` times or more."""
 
 @dataclass(frozen=True)
 class Health:
-    """Answers to plain prompts, each the likeliest text.
-
-    Attributes:
-        looping: share of the answers that end in a piece said over and over, see ``loops``.
-        endless: share of the answers without an end token in ``new_tokens``.
-        digest: of the prompts and the type that the model computes in.
-    """
+    """Answers to plain prompts, each the likeliest text."""
 
     prompts: str
     new_tokens: int

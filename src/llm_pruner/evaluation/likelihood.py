@@ -66,13 +66,6 @@ def log_likelihoods(
 
     The softmax is taken in float32 at least. What is longer than ``max_length`` tokens loses its
     start, as in lm-evaluation-harness.
-
-    Args:
-        max_length: tokens that the model can read at once.
-        batch_size: sequences in a forward pass; by default as many as keep a batch small.
-
-    Raises:
-        UserError: a continuation is longer than ``max_length``, or a result is not a number.
     """
     scorer = _Scorer(model, batch_size)
     by_context: dict[tuple[int, ...], list[_Row]] = defaultdict(list)
@@ -142,7 +135,6 @@ def _in_halves(
     items: list[T],
     alone: Callable[[T], dict[int, Score]] | None = None,
 ) -> dict[int, Score]:
-    """Run items at once, or where memory runs out half of them; the last one ``alone``."""
     try:
         return run(items)
     except torch.OutOfMemoryError:
@@ -155,8 +147,6 @@ def _in_halves(
 
 
 class _Scorer:
-    """Runs batches of rows through one model."""
-
     def __init__(self, model: Any, batch_size: int | None) -> None:
         self.model = model
         self.device = next(model.parameters()).device
@@ -192,11 +182,6 @@ class _Scorer:
         """Yield consecutive parts of sequences, the longest first, that run at once.
 
         A part ends where it is full, or where its padding would cost more than another run.
-
-        Args:
-            lengths: tokens of each sequence, in falling order.
-            kept: positions of each that need logits.
-            before: tokens that stand in the cache before each.
         """
         start = padding = most = 0
         for index, length in enumerate(lengths):
@@ -212,7 +197,6 @@ class _Scorer:
             yield slice(start, len(lengths))
 
     def _full(self, count: int, length: int, kept: int) -> bool:
-        """Whether one more sequence would be too many."""
         if self.batch_size is not None:
             return count >= self.batch_size
         count += 1

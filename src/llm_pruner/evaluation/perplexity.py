@@ -47,16 +47,8 @@ class PerplexityResult:
     Attributes:
         perplexity: exp(nll).
         nll: mean negative log-likelihood in nats over the predicted tokens.
-        tokens: number of predicted tokens.
-        window: tokens in a window, a leading BOS included.
-        divergence: from the dense model on the same windows, if one was given.
-        stderr: standard error of the perplexity from the spread between windows (perplexity times
-            the standard error of the windows' mean loss); None for a single window.
         bits_per_byte: nll / ln 2 * (tokens of the whole text) / (bytes of it in UTF-8), by which
             models of different tokens can be compared; None where there is no whole text.
-        dtype: that the model computes in.
-        max_tokens: of the text that were to be read; None for all.
-        ids_digest, text_digest: of the tokens in the windows, and of the whole text.
     """
 
     perplexity: float
@@ -190,8 +182,6 @@ def perplexity_of_windows(
 
 
 class _Shared(dict[bytes, torch.Tensor]):
-    """A dictionary that copies of a module share."""
-
     def __deepcopy__(self, _: Any) -> _Shared:
         return self
 
@@ -288,7 +278,6 @@ def _losses(
     skipped: int,
     batch_size: int,
 ) -> Iterator[torch.Tensor]:
-    """Yield per batch what ``_sums`` returns; streamed models run on several batches in step."""
     networks = [model] if dense is None else [model, dense.model]
     with ExitStack() as stack:
         for network in networks:

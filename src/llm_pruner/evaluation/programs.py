@@ -30,14 +30,7 @@ MEMORY, PROCESSES, FILE_BYTES = 2**30, 16, 2**24
 
 @dataclass(frozen=True)
 class ProgramRun:
-    """How a program ended, and how it was shut off.
-
-    Attributes:
-        error: name of the exception that ended it, if one did.
-        namespaces: whether the system gave it no network and no sight of other processes; else an
-            audit hook alone refused sockets and processes, from within Python.
-        read_only: whether the system kept it from writing outside its folder; else the hook did.
-    """
+    """How a program ended, and how it was shut off."""
 
     ending: Ending
     error: str | None
@@ -60,12 +53,6 @@ def run_program(source: str, *, seconds: float = SECONDS) -> ProgramRun:
     limits of time, memory, processes and sizes of files, see ``sandbox``. All that it started is
     killed with it, and it with this process. What it means to do to its own verdict, it can: this
     is no judge of malice.
-
-    Args:
-        seconds: that it may compute; it may take ``WAITING`` times as many.
-
-    Raises:
-        LLMPrunerError: no program can be run.
     """
     script = Path(__file__).with_name("sandbox.py")
     numbers = (os.getpid(), MEMORY, PROCESSES, FILE_BYTES, math.ceil(seconds))

@@ -21,13 +21,6 @@ def sample_continuation(
     """Return the likeliest text after the prompt, without control characters, up to its end token.
 
     Tabs are spaces, as of a sample that is read in a table.
-
-    Args:
-        chat: put the prompt to the model as a user's message, in the tokenizer's chat template,
-            and return the answer; without a template the prompt is continued.
-
-    Raises:
-        UserError: the prompt fills all that the model reads; see ``write`` and ``encoded_chat``.
     """
     asked = chat and has_template(tokenizer)
     given = encoded(tokenizer, prompt, chat=asked)
@@ -90,7 +83,6 @@ def continuation(tokenizer: Any, given: Sequence[int], written: Sequence[int]) -
 
 
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Return the text of tokens, with every space that is in it."""
     how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     return str(tokenizer.decode([*ids], **how))
 

@@ -76,14 +76,11 @@ def _separate(libc: Any, folder: bytes) -> dict[str, bool]:
 
 
 def _drop_powers(libc: Any) -> None:
-    """Give up what a namespace's owner may do, such as to mount again, and to gain it anew."""
     _checked(libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0))
     _checked(libc.capset((ctypes.c_uint32 * 2)(_CAPABILITIES, 0), (ctypes.c_uint32 * 6)()))
 
 
 def _watch(folder: str) -> None:
-    """Refuse what a program has no use for; a hook cannot be taken away again."""
-
     def hook(event: str, args: tuple[Any, ...]) -> None:
         if event.startswith(_REFUSED):
             raise PermissionError(f"{event} is not permitted here")

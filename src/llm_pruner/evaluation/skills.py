@@ -46,17 +46,7 @@ def digest_of(*parts: Any) -> str:
 
 @dataclass(frozen=True)
 class Skill:
-    """How well a model does something.
-
-    Attributes:
-        name: ``humaneval`` or ``gsm8k``.
-        metric: ``pass@1`` of greedy answers, or ``exact_match`` of the last number.
-        total: problems that there are; ``solved.count`` of them were put to the model.
-        shots: examples in the prompt.
-        endings: of programs: how many ended so.
-        shut_off: of programs: by what, in words.
-        digest: of the problems and the type that the model computes in.
-    """
+    """How well a model does something."""
 
     name: str
     metric: str

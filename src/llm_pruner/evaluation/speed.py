@@ -28,15 +28,7 @@ _PROCESSORS = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a model is; the figures are medians over the rounds.
-
-    Attributes:
-        prefill_tokens_per_second: prompt tokens over the time of their one forward pass.
-        decode_tokens_per_second: tokens that follow, one forward pass each, over their time.
-        prefill_seconds, decode_seconds: of each round; a prefill ends with the first token.
-        device: a GPU or processor by its name.
-        threads: None on a GPU.
-    """
+    """How fast a model is; the figures are medians over the rounds."""
 
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
@@ -134,7 +126,6 @@ def speed_up(slow: Sequence[float], fast: Sequence[float]) -> SpeedUp:
 
 @contextmanager
 def _undisturbed(models: Sequence[Any]) -> Iterator[None]:
-    """Evaluate without gradients, and without the garbage collector in between."""
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -87,13 +87,7 @@ def _tasks_folder() -> Path:
 
 @dataclass(frozen=True)
 class MetricResult:
-    """One metric of one task.
-
-    Attributes:
-        value: as the harness computes it; a share between 0 and 1 for ``acc`` and ``acc_norm``.
-        stderr: standard error over documents; None where the harness gives none.
-        higher_is_better: None where the harness does not say.
-    """
+    """One metric of one task."""
 
     value: float
     stderr: float | None
@@ -102,16 +96,7 @@ class MetricResult:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Results of a task, or of a group of tasks under the group's name.
-
-    Attributes:
-        metrics: by name; one that belongs to a filter is named ``metric,filter``.
-        paper_metric: the one that LLM-Pruner reports, or None.
-        documents_total: number that the task has.
-        truncated: answers that were too long for the model with their text, which lost its start.
-        right: whether each document was answered right by ``paper_metric``, in their order, as 0
-            and 1; None without that metric, and of results of earlier versions.
-    """
+    """Results of a task, or of a group of tasks under the group's name."""
 
     task: str
     metrics: dict[str, MetricResult]
@@ -164,15 +149,10 @@ class Kept:
     """What a model keeps of the dense model's accuracy above chance.
 
     Attributes:
-        against: name of the dense model.
         tasks: task -> (a - chance) / (d - chance), for accuracies a and d by the paper's metric;
             None where the dense model is no better than chance.
-        value: r, the same of the means over these tasks; None likewise.
-        stderr: its standard error, that of the mean of a - r d over the documents, by the mean of
-            d - chance; None where answers to the same documents are not known.
         flips: share of documents that one of both answers right and the other wrong, the mean over
             the tasks (arXiv 2407.09141); None likewise.
-        flips_stderr: its standard error.
     """
 
     against: str

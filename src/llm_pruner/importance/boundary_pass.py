@@ -108,8 +108,6 @@ def parts_of(batch: slice, size: int) -> list[slice]:
 
 
 class _BlockPass:
-    """A pass through a chain of blocks, with the hidden states and gradients at the boundaries."""
-
     states: ActivationStore
     gradients: ActivationStore
     each = ACTIVATIONS + 1  # bytes of all blocks' activations of a sample, if they may be held
@@ -304,8 +302,6 @@ class _BlockPass:
     def _through(
         self, part: slice, positions: torch.Tensor | None, runs: list[_Run]
     ) -> torch.Tensor:
-        """Return the logits of some samples; note in ``runs`` the blocks from the lowest on."""
-
         def handler(at: int, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = hidden_of(args, kwargs).detach()
             if self.collector.keep is not None:
@@ -363,7 +359,6 @@ class _BlockPass:
                         self._passed(index)
 
     def _head(self, part: slice) -> None:
-        """Store the gradient at the last boundary, and of inputs seen above the last block."""
         seen: list[torch.Tensor] = []
         positions, handler = self._positions(part), self._skipping(part, seen, with_gradient=True)
         logits = self.chain.run(self.ids[part], handler, positions)
@@ -371,7 +366,6 @@ class _BlockPass:
         self._store(part, *self.collector.pull([logits], [cotangent], part, (), seen[-1]))
 
     def _block(self, index: int, part: slice) -> None:
-        """Pull the gradient back through one block, and to its parameters that are wanted."""
         owned = self.chain.owned[index]
         with requiring_gradients(owned):
             hidden, output = self.chain.run_block(

@@ -16,16 +16,7 @@ Seen: TypeAlias = tuple[str, torch.Tensor, torch.Tensor | None]
 
 
 class Collector:
-    """Takes the gradients of a backward pass as it comes to them.
-
-    Attributes:
-        parameters: those whose gradients are wanted, by name.
-        together: whether gradients of several samples may be summed.
-        label: of the progress bar.
-        modules: ids of further modules that the pass has to reach.
-        light: whether what is collected of all blocks at once takes little memory.
-        keep: takes the hidden states of all samples.
-    """
+    """Takes the gradients of a backward pass as it comes to them."""
 
     def __init__(
         self,

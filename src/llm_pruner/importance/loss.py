@@ -29,9 +29,6 @@ def pull_back(
 
     In float16 the cotangents, (tensor, factor) for each output, are multiplied by a power of two,
     since gradients of a language model lie around the smallest float16 number.
-
-    Raises:
-        UserError: they overflow at any scale.
     """
     half = any(tensor.dtype == torch.float16 for tensor in (*outputs, *inputs))
     scale = 1.0
@@ -71,11 +68,6 @@ def loss_cotangent(
     Args:
         logits: shape (samples, seq_len, vocabulary), or of ``positions`` alone.
         input_ids: shape (samples, seq_len).
-        first_sample: number of the first sample, for the message.
-        positions: those that ``logits`` are of; None for all.
-
-    Raises:
-        UserError: the loss of a sample is NaN or infinite.
     """
     half = logits.dtype == torch.float16
     targets = input_ids[:, 1:] if positions is None else input_ids[:, positions + 1]

@@ -53,5 +53,4 @@ def _is_bias(member: Member) -> bool:
 
 
 def _stem(member: Member, kind: str) -> str:
-    """Return what names a weight and its bias: ``experts.down_proj`` has ``down_proj_bias``."""
     return member.tensor.removesuffix(kind).rstrip("._")

@@ -63,14 +63,7 @@ def measure(
     dropped, so that no more than one block's Gram matrices are held.
 
     Args:
-        model: in eval mode, with no parameter that requires a gradient.
         input_ids: shape (samples, seq_len), on the model's device.
-        groups: what to look at.
-        how: what is looked at, and what it says of a group.
-        keep: see ``score``.
-
-    Raises:
-        UserError: the activations of a group or of layers are unknown; a loss is not finite.
     """
     watching = partial(_Watch, model, input_ids, groups, how, keep)
     watch = watching()
@@ -125,8 +118,6 @@ class _Moments:
 
 
 class _Watch(Collector):
-    """The sums so far, and in ``found`` the scores of the groups that saw all tokens."""
-
     def __init__(
         self,
         model: nn.Module,
@@ -232,7 +223,6 @@ class _Watch(Collector):
     def _note(
         self, path: str, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Note an input: a leaf, or an alias, since several modules may read one tensor."""
         value = given = first_tensor(args, named)
         if self._forward_only:
             self._seen.append((path, value))
@@ -251,7 +241,6 @@ class _Watch(Collector):
 
     @torch.no_grad()
     def _look(self, chain: Chain | None, input_ids: torch.Tensor) -> None:
-        """Run forward, block by block unless something outside of the blocks is watched."""
         samples, length = input_ids.shape
         shared = batches(samples, max(1, TOKENS // length))
         places = {} if chain is None else chain.places()
@@ -383,7 +372,6 @@ class _Watch(Collector):
             self._finish(self._inside[block])
 
     def _finish(self, groups: Sequence[Group]) -> None:
-        """Apply the formula to groups that will see no more tokens, and drop what they saw."""
         left = [group for group in groups if group.name not in self.found]
         consumers = {group.name: self._consumers.get(group.name, ()) for group in left}
         for group in left:
@@ -419,7 +407,6 @@ class _Watch(Collector):
         )
 
     def _groups_inside(self, count: int, blocks: Mapping[str, int | None]) -> list[list[Group]]:
-        """Return, for each block, the groups that only modules of this block read."""
         whole: dict[str, int | None] = {}
         for name, consumers in self._consumers.items():
             at = {blocks[one.module] for one in consumers}
@@ -443,7 +430,6 @@ def _sum_segments(values: torch.Tensor) -> torch.Tensor:
 def _places(
     model: nn.Module, chain: Chain, groups: Sequence[Group]
 ) -> Mapping[str, Mapping[int, int]]:
-    """Return, for each group of layers, block number -> unit."""
     number = {id(block): index for index, block in enumerate(chain.blocks)}
     found: dict[str, dict[int, int]] = {}
     for group in groups:

@@ -116,7 +116,6 @@ def _random(group: Group, seed: int) -> FloatArray:
 
 @contextmanager
 def _seen(model: nn.Module, input_ids: torch.Tensor | None, name: str) -> Iterator[torch.Tensor]:
-    """Yield calibration tokens beside the model, which gives gradients and is left as it was."""
     text = _require_text(input_ids, name, model)
     with undisturbed(model), torch.inference_mode(False), torch.enable_grad():
         yield text.detach().to(next(model.parameters()).device)
@@ -128,7 +127,6 @@ def _layer_parameters(model: nn.Module, module: str) -> list[str]:
 
 
 def _scored_parameters(model: nn.Module, groups: Iterable[Group]) -> dict[str, nn.Parameter]:
-    """Return the parameters that carry importance, by name; UserError if one is not there."""
     known = dict(model.named_parameters(remove_duplicate=False))
     members: dict[str, None] = {}
     whole: set[str] = set()
@@ -148,7 +146,6 @@ def _scored_parameters(model: nn.Module, groups: Iterable[Group]) -> dict[str, n
 
 
 def _magnitude_sums(parameters: Mapping[str, nn.Parameter], name: str) -> dict[str, Sums]:
-    """Return the sums of |w| (``l1``) or w^2 (``l2``; the root follows per unit)."""
     sums: dict[str, Sums] = {}
     for tensor, parameter in parameters.items():
         weight = values_of(parameter).to(torch.promote_types(parameter.dtype, torch.float32))

@@ -56,11 +56,7 @@ def taylor_sums(
     """Return the sums of the criterion's term over each tensor.
 
     Args:
-        model: in eval mode, with no parameter that requires a gradient.
-        parameters: those wanted, by name.
-        criterion: of the name ``taylor``.
         input_ids: shape (samples, seq_len), on the model's device.
-        keep: see ``score``.
     """
     sums = _TaylorSums(parameters, criterion, len(input_ids), keep)
     try:
@@ -76,9 +72,6 @@ class _TaylorSums(Collector):
     """The terms of ``Criterion``: sums over samples of the gradient g and of its square, times w.
 
     They are float32 or wider. A block's are reduced and forgotten once its last sample is through.
-
-    Attributes:
-        found: tensor -> sums of its term.
     """
 
     def __init__(

@@ -179,7 +179,6 @@ def _unit_steps(
 
 
 def _refuse_nothing(same: Sequence[Candidates], ratio: Fraction, target: Target) -> None:
-    """Raise if a unit ratio leaves whole a group, or a whole structure, that was asked for."""
     dense = sum(one.dense for one in same)
     # The coarsest, since importance decides which of them would be the first.
     step = max((int(one.counts[1]) for one in same if len(one.counts) > 1), default=0)
@@ -294,7 +293,6 @@ def _capped(search: Search, selection: Selection, spread: float, beyond: int) ->
 
 
 def _begin_search(candidates: AllCandidates, cost: Cost, target: Target) -> Search:
-    """Return a search that knows the largest removal, after checking that it is large enough."""
     search = Search(
         candidates,
         cost,

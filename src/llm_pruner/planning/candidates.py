@@ -37,11 +37,6 @@ class Candidates:
     """The numbers of steps that one group may lose.
 
     Attributes:
-        group: the group.
-        order: block -> its units, least important first; the one key -1 without blocks.
-        counts: allowed numbers of steps, ascending from 0.
-        dense: steps that make up the dense group.
-        gone: steps that were removed before.
         importance: shape (counts[-1],), what each step costs in importance, companions included.
     """
 
@@ -110,15 +105,7 @@ def find_candidates(
     numbering: Numbering,
     cost: Cost | None = None,
 ) -> AllCandidates:
-    """Return what the groups that a selection prunes may lose.
-
-    Args:
-        cost: what is to be freed: units that free none of it stay. By default all may go.
-
-    Raises:
-        UserError: importance is missing, no group of a structure can lose anything, or as
-            `choose_groups`.
-    """
+    """Return what the groups that a selection prunes may lose."""
     chosen = choose_groups(discovery, selection, numbering)
     groups = discovery.by_name
     orders: dict[str, IntArray] = {}
@@ -217,7 +204,6 @@ def _worth(
 def _allowed(
     group: Group, groups: Mapping[str, Group], selection: Selection, limit: int
 ) -> IntArray:
-    """Return the numbers of steps that rounding and companions allow."""
     multiple = 1
     for companion, other in followers(group, groups):
         multiple = lcm(multiple, companion.ratio.denominator)

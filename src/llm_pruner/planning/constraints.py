@@ -54,9 +54,6 @@ def check(discovery: Discovery, removal: Removal, unreadable: Collection[str] = 
       block goes only through the group whose units are the blocks (key-value heads).
     - Companions lose exactly their ratio, except in layers that are removed whole.
     - A layer that is removed whole has no other units to lose.
-
-    Args:
-        unreadable: groups whose units are unknown, which nothing can be said about.
     """
     groups = discovery.by_name
     problems: list[str] = []

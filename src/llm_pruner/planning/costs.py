@@ -17,14 +17,7 @@ from llm_pruner.types import Discovery, IntArray, Removal
 
 @dataclass(frozen=True)
 class Cost:
-    """What a target counts.
-
-    Attributes:
-        total: the cost of the model as it is.
-        left: removal -> the cost that it leaves; units need not be sorted.
-        dense: the cost of the dense model.
-        unit: what it is, in words, such as ``parameters``.
-    """
+    """What a target counts."""
 
     total: int
     left: Callable[[Removal], int]

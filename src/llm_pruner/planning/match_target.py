@@ -30,7 +30,6 @@ class Queue:
     """Increments in the order in which they are taken.
 
     Attributes:
-        owners: groups that move together; they have the same ``counts``.
         price: shape (owners,), parameters that the largest increment of an owner removes.
     """
 

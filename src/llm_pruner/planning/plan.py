@@ -31,13 +31,7 @@ class _Strict(BaseModel):
 
 
 class PlanModel(_Strict):
-    """The dense model that the units refer to.
-
-    Attributes:
-        name: hub id, folder or file that the user gave.
-        revision: hub revision, if known.
-        fingerprint: of the structure, as `fingerprint` gives it.
-    """
+    """The dense model that the units refer to."""
 
     name: str
     revision: str | None = None

@@ -44,12 +44,6 @@ def rounded_for(purpose: str, discovery: Discovery, selection: Selection) -> Sel
 
     ``blocks`` is 32 where all groups have such sizes and it is a small step, else 1; ``gguf`` is
     256 where enough sizes are left, else 32. Inputs of heads follow, too.
-
-    Args:
-        purpose: one of ``PURPOSES``, or ``tp`` and the number of devices.
-
-    Raises:
-        UserError: the dense model does not divide by the number of devices; nothing can be pruned.
     """
     chosen = choose_groups(discovery, selection)
     if purpose != "blocks" and any(group.kind == "query_heads" for group in chosen):
@@ -101,7 +95,6 @@ def undivided(groups: Sequence[Group], devices: int) -> Group | None:
 
 
 def _check_divides(discovery: Discovery, chosen: Sequence[Group], devices: int) -> None:
-    """Raise UserError unless devices can share channels and heads, also of layers that stay."""
     heads = [group for group in chosen if group.kind == "heads" and group.size % devices]
     group = undivided(discovery.groups, devices)
     if group is not None:

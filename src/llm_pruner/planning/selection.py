@@ -163,10 +163,6 @@ def choose_groups(
 
     Protection and ranges count the layers of the dense model. Once something is gone, a structure
     of which nothing is left to prune has done its part.
-
-    Raises:
-        UserError: nothing of a structure can be pruned, and why; groups lose units with others,
-            which are protected; layers beside others in a model with several lists of them.
     """
     numbering = numbering or Numbering.dense(discovery)
     lists = sum(group.kind == "layers" for group in discovery.groups)
@@ -232,7 +228,6 @@ def scored_groups(discovery: Discovery, selection: Selection, numbering: Numberi
 
 
 def _can_lose(group: Group, selection: Selection, numbering: Numbering) -> bool:
-    """Whether layers that are neither protected nor out of range hold a group, or are its units."""
     if group.kind == "layers":
         dense = numbering.groups[numbering.names[group.name]]
         return len(removable_layers(dense, selection, numbering)) > 0

@@ -43,14 +43,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Column:
-    """One thing that is compared.
-
-    Attributes:
-        subject: columns of one subject stand together.
-        cells: one text per model, empty where it is not known.
-        settings: what a reader needs to compare the numbers, empty if nothing.
-        text: whether the cells are words.
-    """
+    """One thing that is compared."""
 
     subject: Subject
     name: str
@@ -146,7 +139,6 @@ def _compared(entry: Entry, results: tuple[Result, ...]) -> Compared:
 
 
 def _with_dense(entries: Sequence[Entry]) -> list[Entry]:
-    """Add the dense models of the reports, with all that the reports know of each."""
     found: dict[Any, Report] = {}
     for entry in entries:
         if "dense" in entry.report.sizes and entry.variant != "dense":

@@ -30,9 +30,6 @@ class Source(_Part):
     """The dense model.
 
     Attributes:
-        name: hub id, or name of the folder or file.
-        hub_id: the same where the model came from the hub, else None.
-        license: identifier of its licence as the hub spells it, if known.
         fingerprint: of shapes, config and weights, see ``models.load.fingerprint``, if known.
     """
 
@@ -45,12 +42,7 @@ class Source(_Part):
 
 
 class ImportanceRow(_Part):
-    """Importance of the units of one layer, sorted and averaged in bins of equally many units.
-
-    Attributes:
-        layer: number of the layer, or None.
-        bins: mean importance in each bin, ascending; None where it is not finite.
-    """
+    """Importance of the units of one layer, sorted and averaged in bins of equally many units."""
 
     layer: int | None
     units: int
@@ -69,14 +61,7 @@ class Result(_Part):
     """One number that was measured of a model.
 
     Attributes:
-        part: the table that shows it; of ``perplexity`` and ``bits`` (a byte) one is shown: models
-            of different tokens cannot be compared by perplexity.
-        name, settings: what was measured, and how, in words.
         unit: such as ``tokens/s``, ``nats`` or ``B``; a share has ``%``.
-        low, high: of a speed, a median, the slowest and the fastest round.
-        better: whether more is better; None if neither.
-        of: digest of what it was measured on, if known.
-        in_mean: whether the mean over the tasks takes it.
     """
 
     part: Literal["perplexity", "bits", "tasks", "measured"]
@@ -158,14 +143,7 @@ class LossPoint(_Part):
 
 
 class Recovery(_Part):
-    """Training after the removal.
-
-    Attributes:
-        summary: method and data in words that follow "recovered by", such as
-            ``LoRA of rank 8 on 2,000 examples of alpaca``.
-        gained: whether its result was kept; if not, the model is as it came.
-        control: the dense model with the same training beside it, on each text.
-    """
+    """Training after the removal."""
 
     loss: tuple[LossPoint, ...] = ()
     seconds: float | None = None
@@ -175,17 +153,7 @@ class Recovery(_Part):
 
 
 class Report(_Part):
-    """All that a run did and measured.
-
-    Attributes:
-        importance: one map per kind of unit; scores of the first estimate, on the dense model.
-        criterion, repair: how importance was estimated and weights were trained, in words that
-            follow "chosen by" and "repaired by".
-        twin_difference, twin_scenes, twin_skipped, saved_as, needs: as in `records.Pruned`.
-        tokens: that the dense model and this one have; None where all stayed.
-        settings: heading -> setting -> value.
-        card_digest: SHA-256 of the model card, which tells whether it was edited since.
-    """
+    """All that a run did and measured."""
 
     format_version: Literal[2] = 2
     source: Source

@@ -56,11 +56,6 @@ def importance_maps(
     """Return the importance of all scored groups by kind, in the order of the layers.
 
     Groups of one kind in one layer, such as those of its experts, are taken together.
-
-    Args:
-        discovery: of the dense model.
-        scores: the first estimate, on the dense model.
-        removal: all that was removed; layers that went whole went with all units in them.
     """
     gone = removed_layers(discovery.by_name, removal)
     found: dict[str, dict[int | None, list[Group]]] = {}
@@ -285,8 +280,6 @@ def shares(found: Measured | Abilities) -> Iterator[tuple[str, str, Share, str |
 
 
 def _shares(found: Measured | Abilities) -> Iterator[data.Result]:
-    """Yield skills, health and what is kept above chance."""
-
     def result(
         name: str, settings: str, value: float, stderr: float | None, of: str | None, more: bool
     ) -> data.Result:
@@ -318,7 +311,6 @@ def _shares(found: Measured | Abilities) -> Iterator[data.Result]:
 
 
 def _scores(found: ZeroShot) -> Iterator[data.Result]:
-    """Yield the paper's metric of its tasks; of others all shares of which more is better."""
     for task in found.tasks:
         shots = f", {task.num_fewshot} shots" if task.num_fewshot else ""
         for name, metric in task.metrics.items():
@@ -338,7 +330,6 @@ def _scores(found: ZeroShot) -> Iterator[data.Result]:
 
 
 def _measurements(found: Measured) -> Iterator[data.Result]:
-    """Yield the size of the weights, and the speeds with their slowest and fastest round."""
     if isinstance(found, Weighed) and found.bytes:
         yield data.Result(
             part="measured", name="size on disk", unit="B", value=found.bytes, better="lower"
@@ -424,7 +415,6 @@ def recovery_report(
 
 
 def _course(done: Recovered) -> tuple[data.LossPoint, ...]:
-    """Return the loss of each step and each score of the held-out samples, by step."""
     train = dict(enumerate(done.losses, start=1))
     held_out = {one.step: one.loss for one in done.evaluations}
 
@@ -437,7 +427,6 @@ def _course(done: Recovered) -> tuple[data.LossPoint, ...]:
 
 
 def _in_words(done: Recovered) -> str:
-    """Return how a model was trained, in words that follow "recovered by"."""
     settings = done.settings
     teacher = settings["teacher"]
     said = _METHODS.get(settings["method"]) or f"LoRA of rank {settings['lora_r']}"

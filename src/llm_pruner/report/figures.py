@@ -158,7 +158,6 @@ def curve(points: Sequence[CurvePoint], smallest: CurvePoint | None) -> Markup:
 
 
 def _step(count: int) -> int:
-    """Return every how many-th label has room."""
     return next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if count / step <= 32)
 
 

@@ -49,14 +49,6 @@ class Pruned:
     """What a run of ``prune`` did.
 
     Attributes:
-        ratio: share of all parameters that was removed.
-        twin_difference: largest difference of logits from the masked dense model; None if they were
-            not compared.
-        twin_scenes, twin_skipped: on what both were run, and on what the dense model does not run.
-        round_to: channels are kept in multiples of this; None of a plan that is replayed.
-        refitted: what compensation did to each consumer, all steps.
-        path: the folder or the plan file that was written.
-        needs: what loading the folder needs besides transformers, such as ``import llm_pruner``.
         bytes, saved_as, report: None of a plan alone.
     """
 
@@ -82,14 +74,7 @@ class Pruned:
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """Results of tasks and groups.
-
-    Attributes:
-        mean, mean_without_boolq: over the paper's tasks, seven or six; None if one is missing.
-        cached: names of the tasks whose results an earlier run stored.
-        data: ``local`` or ``harness``.
-        versions: of the packages that a result depends on.
-    """
+    """Results of tasks and groups."""
 
     tasks: list[TaskResult]
     mean: Mean | None
@@ -113,15 +98,7 @@ class Abilities:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of one model; what was not asked for is empty.
-
-    Attributes:
-        parameters: all, tied ones once.
-        samples: prompt -> what the model wrote after it.
-        dense: the same tasks, skills and long answers of the dense model, if one was named.
-        kept: accuracy above chance beside the dense model's.
-        fingerprint_against: of the dense model, see ``models.load.fingerprint``.
-    """
+    """What was measured of one model; what was not asked for is empty."""
 
     model: str
     parameters: int
@@ -169,12 +146,7 @@ class StepLoss:
 
 @dataclass(frozen=True)
 class ControlText:
-    """Four models on one text that none of them was trained on.
-
-    Attributes:
-        damage: perplexity of the pruned model that was trained, as a ratio to that of the dense
-            model that was trained.
-    """
+    """Four models on one text that none of them was trained on."""
 
     columns: ClassVar = ("model", "perplexity", "KL, nats", "changed")
 
@@ -223,17 +195,8 @@ class Recovered:
     """What a run of ``recover`` did.
 
     Attributes:
-        gained: whether the held-out loss fell; if not, the saved model is the one that came in.
         loss: held-out loss in nats a target token; with a teacher, mixed with the distance to it.
             After is that of the model that was trained, whether it was kept or not.
-        perplexity: of each corpus asked for.
-        best_step: the one whose weights were kept.
-        stopped: why it ended early, if it did.
-        seconds: of training, evaluations included, earlier processes too.
-        packed: whether samples shared rows; else they were padded in buckets of like length.
-        evaluations: held-out losses, in order.
-        settings: all that decided how the run went.
-        control: the dense model with the same training; None if it was not asked for.
     """
 
     model: str
@@ -288,8 +251,6 @@ class Compressed:
     """What a run of ``compress`` did.
 
     Attributes:
-        parameters, tokens: of the dense and of the compressed model; None where all tokens stayed.
-        recovery: None if nothing was trained.
         peak_bytes: most memory that one process held; 0 if not known.
     """
 
@@ -308,17 +269,7 @@ class Compressed:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One size of a curve: what ``prune`` would leave, and how far it is from the dense model.
-
-    Attributes:
-        asked, removed: shares of all parameters.
-        plan: name of its file in the folder.
-        measured: with the divergence from the dense model.
-        perplexity_ratio: to the dense model's on the same windows.
-        split: shares of the removed parameters that trials found; None if none were made.
-        refitted: consumers whose weights a refit changed.
-        seconds: by stage.
-    """
+    """One size of a curve: what ``prune`` would leave, and how far it is from the dense model."""
 
     asked: float
     removed: float
@@ -343,9 +294,6 @@ class Smallest:
 
     Attributes:
         limit: times the dense model's perplexity, or nats a token.
-        removed: share of all parameters, interpolated; None outside of the measured points.
-        point: the point of that size, measured like the others; None if there is none.
-        outside: why there is no answer, or no point.
     """
 
     of: Literal["perplexity", "kl"]

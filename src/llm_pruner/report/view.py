@@ -28,13 +28,7 @@ _LIST = re.compile(r"layers(?:_\d+)?")
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table.
-
-    Attributes:
-        cells: one text per model, empty where it was not measured.
-        change: from the dense model to the last one, empty if it is not known.
-        better: whether the change is for the better; None if neither.
-    """
+    """One line of a table."""
 
     label: str
     cells: tuple[str, ...]
@@ -78,7 +72,6 @@ def changed_units(report: Report) -> list[str]:
 
 
 def _narrowed(layers: Sequence[Layer], name: str) -> bool:
-    """Return whether a layer that stays keeps fewer units."""
     sizes = [layer.sizes.get(name, (0, 0)) for layer in layers if not layer.removed]
     return any(kept < dense for kept, dense in sizes)
 
@@ -146,7 +139,6 @@ def _kept(report: Report) -> list[str]:
 
 
 def _across(report: Report) -> list[tuple[str, tuple[int, int]]]:
-    """Return the sizes of groups that span all layers."""
     return [size for row in report.layers if row.layer is None for size in row.sizes.items()]
 
 

@@ -79,7 +79,6 @@ def write_request(folder: Path, settings: Settings) -> None:
 
 
 def _at_home(value: Any) -> Any:
-    """Return values with ``~`` for the home folder, see `at_home`."""
     if isinstance(value, dict):
         return {name: _at_home(one) for name, one in value.items()}
     if isinstance(value, list):
@@ -99,7 +98,6 @@ def check_measured(folder: Path, model: str, parameters: int) -> None:
 
 
 def _variant_of(folder: Path, report: data.Report, model: str, parameters: int) -> data.Variant:
-    """Return which model of the report is measured; UserError if none."""
     if expanded(model).exists() and expanded(model).resolve() == folder.resolve():
         return report.final
     dense = report.sizes.get("dense")
@@ -149,7 +147,6 @@ def render_card(report: data.Report) -> str:
 
 
 def _metadata(report: data.Report) -> str:
-    """Return the front matter of the model card; only what is known, and known to be harmless."""
     from huggingface_hub import ModelCardData
 
     def known(pattern: re.Pattern[str], name: str | None) -> str | None:
@@ -171,7 +168,6 @@ def page(template: str, **context: Any) -> str:
 
 
 def _plots(report: data.Report) -> dict[str, Markup]:
-    """Return the drawings that there is data for."""
     drawn = dict.fromkeys(("widths", "importance", "loss"), Markup(""))
     layers, units = view.decoder_layers(report), view.changed_units(report)
     if layers and units:
@@ -186,8 +182,6 @@ def _plots(report: data.Report) -> dict[str, Markup]:
 
 @cache
 def _environment(html: bool) -> Environment:
-    """Return the templates; those of pages escape all that they show."""
-
     def shown(value: Any) -> Any:
         return value if isinstance(value, Markup) else visible(value)
 

@@ -43,12 +43,7 @@ _NUMBER_OF_EXPERTS = re.compile("(num_|n_)(local_|routed_)?experts")
 
 
 def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edits:
-    """Work out everything that a removal changes, without touching the model.
-
-    Raises:
-        InfeasibleError: the model's code cannot express the sizes, a group cannot lose such units,
-            or the model is not the one that was traced.
-    """
+    """Work out everything that a removal changes, without touching the model."""
     for name, units in checked_removal(discovery, removal).items():
         if problems := unit_problems(discovery.group(name), units):
             raise InfeasibleError(f"{name}: {'; '.join(problems)}")
@@ -95,7 +90,6 @@ def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edit
 
 
 def _require_choices(discovery: Discovery, removal: Removal) -> None:
-    """Raise InfeasibleError if fewer positions of an axis are left than the code chooses."""
     trace = discovery.graph.trace
     deleted = discovery.graph.deleted(removal)
     for choice in trace.choices:
@@ -109,7 +103,6 @@ def _require_choices(discovery: Discovery, removal: Removal) -> None:
 
 
 def _require_buffers(model: nn.Module, discovery: Discovery, removal: Removal) -> None:
-    """Raise InfeasibleError if an axis of a buffer that loses positions has another size now."""
     buffers = {name: tensor for name, tensor, buffer in named_tensors(model) if buffer}
     for name, dim in removed_positions(discovery, removal):
         traced, tensor = discovery.buffers.get(name), buffers.get(name)
@@ -124,14 +117,7 @@ def _require_buffers(model: nn.Module, discovery: Discovery, removal: Removal) -
 def cut_(
     model: nn.Module, discovery: Discovery, removal: Removal, undo: Undo | None = None
 ) -> Edits:
-    """Remove units as ``verify.prune_`` does, which is the public one, but compare nothing.
-
-    Args:
-        undo: learns what is taken away.
-
-    Raises:
-        InfeasibleError: before anything is touched.
-    """
+    """Remove units as ``verify.prune_`` does, which is the public one, but compare nothing."""
     edits = plan_edits(model, discovery, removal)
     for name, dims in _cuts(discovery, removal).items():
         places = _places(model, discovery, name)
@@ -159,11 +145,7 @@ def cut_(
 
 
 def cut_copy(model: nn.Module, discovery: Discovery, removal: Removal) -> nn.Module:
-    """Return a pruned copy that shares all tensors that lose nothing; the model stays as it is.
-
-    Raises:
-        InfeasibleError: see ``cut_``.
-    """
+    """Return a pruned copy that shares all tensors that lose nothing; the model stays as it is."""
     copy = sharing_copy(model)
     cut_(copy, discovery, removal)
     return copy
@@ -225,7 +207,6 @@ def _descriptions(
     values: Mapping[str, Mapping[str, Any]],
     aliases: Mapping[str, str],
 ) -> Iterator[tuple[str, str, int]]:
-    """Yield the sizes that standard modules state of themselves (``in_features`` and the like)."""
     for path, module in model.named_modules():
         names = [f"{path}.{weight}" for weight in WEIGHTS]
         found = [rename(aliases.get(name, name)) for name in names]
@@ -269,7 +250,6 @@ class Undo:
                 self._held[id(owner._parameters)][1][key] = None
 
     def __call__(self) -> None:
-        """Put the model back."""
         kept = [getattr(*places[0]) for places, _ in self._parts]
         for space, before in self._held.values():
             space.clear()

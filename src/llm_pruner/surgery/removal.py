@@ -33,7 +33,6 @@ def unit_problems(group: Group, units: IntArray) -> list[str]:
 
 
 def _naming_problems(group: Group, units: IntArray) -> list[str]:
-    """Return why numbers, in any order, name no units of a group, each once; empty if they do."""
     problems: list[str] = []
     values, times = np.unique(units, return_counts=True)
     if np.any(times > 1):
@@ -53,9 +52,6 @@ def checked_removal(discovery: Discovery, removal: Mapping[str, Any]) -> dict[st
     Args:
         removal: group name -> units: integers in any collection, or a mask of shape (size,) that is
             true for those that go.
-
-    Raises:
-        InfeasibleError: a group is unknown, or has no such units.
     """
     found: dict[str, IntArray] = {}
     for name, units in removal.items():
@@ -70,7 +66,6 @@ def checked_removal(discovery: Discovery, removal: Mapping[str, Any]) -> dict[st
 
 
 def _numbers(group: Group, units: Any) -> IntArray:
-    """Return units in any collection, or the places where a mask is true, sorted."""
     values = np.array(units.tolist() if hasattr(units, "tolist") else [*units])
     if values.dtype == bool and values.shape == (group.size,):
         return np.flatnonzero(values)

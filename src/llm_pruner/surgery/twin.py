@@ -99,7 +99,6 @@ class _Twin(Tracer):
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all values are finite, as they are if their sum is; it takes one pass and no room."""
     return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
@@ -130,8 +129,6 @@ def _silenced(model: nn.Module, discovery: Discovery, removal: Removal) -> Itera
 
 @contextmanager
 def _bypassed(model: nn.Module, modules: tuple[str, ...]) -> Iterator[None]:
-    """Let the given layers hand on what they were given."""
-
     given: dict[nn.Module, torch.Tensor] = {}
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:

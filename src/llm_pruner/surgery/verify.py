@@ -81,10 +81,6 @@ def cut_verified_(
     ``generate`` and in training mode. The dense model runs before the cut, so that there is one
     model in memory; a streamed one runs beside the pruned model, block by block. Rounding in
     bfloat16 and float16 hides much, so a copy in float32 is compared first.
-
-    Raises:
-        InfeasibleError: before anything is touched.
-        VerificationError: they differ; names the structures at fault.
     """
     plan_edits(model, discovery, removal)
     leave_weights_(model)
@@ -127,8 +123,6 @@ def cut_verified_(
 
 
 class _Difference(NamedTuple):
-    """A scene in which a model differs from its twin, by how much, and by how much it may."""
-
     scene: Scene
     difference: float
     limit: float
@@ -137,11 +131,7 @@ class _Difference(NamedTuple):
 def _verified_in_float32(
     model: nn.Module, discovery: Discovery, removal: Removal
 ) -> Verified | None:
-    """Cut a copy in float32; return what is said of it, None if it does not run in this type.
-
-    Raises:
-        VerificationError: it is not its masked twin.
-    """
+    """Cut a copy in float32; return what is said of it, None if it does not run in this type."""
     try:
         with _computing_in(model, torch.float32) as wide:
             return cut_verified_(wide, discovery, removal)[1]
@@ -194,11 +184,7 @@ def _cut_and_run(
 def _expected(
     discovery: Discovery, outcomes: Sequence[Outcome[Logits]]
 ) -> tuple[dict[str, Logits], list[str]]:
-    """Return scene -> logits of the twin, and the scenes that cannot be compared.
-
-    Raises:
-        VerificationError: in a scene that is needed it cannot run, or gives what is not finite.
-    """
+    """Return scene -> logits of the twin, and the scenes that cannot be compared."""
     expected: dict[str, Logits] = {}
     skipped = list(discovery.graph.left_out)
     for scene, found in zip(discovery.graph.scenes, outcomes, strict=True):
@@ -225,7 +211,6 @@ def _expected(
 
 
 def _is_finite(logits: torch.Tensor) -> bool:
-    """Whether no logit is infinite or NaN, but for those of tokens that are never to be written."""
     return bool((logits.isfinite() | (logits == -math.inf)).all())
 
 
@@ -297,9 +282,6 @@ def require_same(
 
     Both run on short and on long input, in float32: one after the other, or by blocks where there
     is no room for that.
-
-    Args:
-        verified: the scenes that could be compared when the model was cut; None for all.
     """
     scenes = [
         one
@@ -356,11 +338,7 @@ def _take_unrounded_(loaded: nn.Module, model: nn.Module) -> None:
 
 
 def _is_random(model: nn.Module, differs: _Difference) -> bool:
-    """Whether the dense model itself gives something else each time, so that none can equal it.
-
-    Raises:
-        VerificationError: it does in a scene that is needed.
-    """
+    """Whether the dense model itself gives something else each time, so that none can equal it."""
     if not math.isfinite(differs.difference):
         return False
     scene = differs.scene

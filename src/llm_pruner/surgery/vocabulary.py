@@ -87,10 +87,6 @@ def with_tokens_of(dense: LoadedModel, student: LoadedModel) -> LoadedModel:
 def cut_vocabulary_(model: Any, kept: npt.NDArray[np.int64]) -> Edits:
     """Keep the rows of some tokens in the embeddings, and renumber the settings.
 
-    Args:
-        model: of transformers; tied embeddings stay tied.
-        kept: ids of the tokens, in the order that they get; those of `named_tokens` are among them.
-
     Returns:
         The new shapes of the embeddings, under each of their names.
     """
@@ -139,7 +135,6 @@ def cut_vocabulary_(model: Any, kept: npt.NDArray[np.int64]) -> Edits:
 
 
 def _configs(model: Any) -> list[Any]:
-    """Return the configs of a model, but for parts that have a vocabulary of their own."""
     parts = (
         one
         for one in vars(model.config).values()
@@ -151,8 +146,6 @@ def _configs(model: Any) -> list[Any]:
 
 
 def _rewrite_(config: Any, change: Callable[[int], int]) -> None:
-    """Change each token id that a config has under a name for such."""
-
     def changed(value: Any) -> Any:
         if isinstance(value, list | tuple):
             return type(value)(map(changed, value))
