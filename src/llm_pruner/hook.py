@@ -1,14 +1,14 @@
-"""Has ``transformers`` know what this package adds: the loader of pruned checkpoints, and ChatGLM.
+"""Has ``transformers`` load pruned checkpoints whose layers differ.
 
-Whatever imports PyTorch runs ``register``, so it must cost nothing and break nothing. What it puts
-into the tables of ``transformers`` are stand-ins: the code behind them is imported, and fails if it
-does, when a checkpoint asks for it. This module needs the standard library alone.
+Whatever imports PyTorch runs ``register``, so it must cost nothing and break nothing. The loader is
+imported, and fails if it does, when a checkpoint asks for it. This module needs the standard
+library alone.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from importlib.abc import MetaPathFinder
@@ -16,32 +16,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-
-class StandIn:
-    """Stands in a table for a class of this package until that is used.
-
-    It is said to be one of transformers, so that ``trust_remote_code=True`` runs a folder's own
-    code, as where this package is not installed.
-    """
-
-    def __init__(self, home: str, name: str) -> None:
-        self._home, self.__name__, self.__module__ = home, name, f"transformers.{home}"
-
-    def _original(self) -> Any:
-        return getattr(import_module(self._home), self.__name__)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # asked of every object, as by ``copy``
-            raise AttributeError(name)
-        return getattr(self._original(), name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._original()(*args, **kwargs)
-
-
-def _add_chatglm(auto: ModuleType) -> None:
-    stand_in = StandIn("llm_pruner.models.chatglm", "ChatGLMConfig")
-    auto.CONFIG_MAPPING.register("chatglm", stand_in, exist_ok=True)
+_AWAITED = "transformers.modeling_utils"
 
 
 def _add_pruned_models(modeling: ModuleType) -> None:
@@ -57,24 +32,17 @@ def _add_pruned_models(modeling: ModuleType) -> None:
     base.__new__ = build
 
 
-_ADDITIONS: dict[str, Callable[[ModuleType], None]] = {
-    "transformers.models.auto.configuration_auto": _add_chatglm,
-    "transformers.modeling_utils": _add_pruned_models,
-}
-"""Module of transformers that holds a table or a class -> what adds to it."""
-
-
 class _Finder(MetaPathFinder):
-    """Lets others find the modules that hold tables, and adds to these once they are there."""
+    """Leaves the search for the awaited module to other finders, and adds to it once it is made."""
 
     def __init__(self) -> None:
-        self.awaited = set(_ADDITIONS)
+        self.waits = True
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        self.add_to_made()
-        if name in self.awaited:
+        self.add_if_made()
+        if name == _AWAITED:
             with suppress(Exception):  # which the one that raised it will raise again
                 for finder in sys.meta_path:
                     spec = None if finder is self else finder.find_spec(name, path, target)
@@ -83,17 +51,17 @@ class _Finder(MetaPathFinder):
                         return spec
         return None
 
-    def add_to_made(self) -> None:
-        """Add to modules that are complete: PyTorch may be imported in the middle of one."""
-        for name in [*self.awaited]:
-            module = sys.modules.get(name)
-            if module is not None and not getattr(module.__spec__, "_initializing", False):
-                self._add(module, name)
+    def add_if_made(self) -> None:
+        """Add to the module if it is complete: PyTorch may be imported in the middle of it."""
+        module = sys.modules.get(_AWAITED)
+        if module is not None and not getattr(module.__spec__, "_initializing", False):
+            self._add(module)
 
-    def _add(self, module: ModuleType, name: str) -> None:
-        self.awaited.discard(name)
-        with suppress(Exception):  # another release of transformers may have no such table
-            _ADDITIONS[name](module)
+    def _add(self, module: ModuleType) -> None:
+        if self.waits:
+            self.waits = False
+            with suppress(Exception):  # another release of transformers may have no such class
+                _add_pruned_models(module)
 
     def _extend(self, spec: ModuleSpec) -> None:
         loader: Any = spec.loader
@@ -101,15 +69,15 @@ class _Finder(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            self._add(module, spec.name)
-            if not self.awaited and self in sys.meta_path:
+            self._add(module)
+            if self in sys.meta_path:
                 sys.meta_path.remove(self)
 
         loader.exec_module = exec_module
 
 
 def register() -> None:
-    """Add to the tables of ``transformers`` now, or as soon as they are there; raises nothing.
+    """Have ``transformers`` load pruned checkpoints, now or once it is imported; raises nothing.
 
     Importing ``llm_pruner`` calls this, and so does PyTorch, as an entry point of the group
     ``torch.backends``. So every program in whose environment the package is installed loads pruned
@@ -119,6 +87,6 @@ def register() -> None:
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     finder = _Finder()
-    finder.add_to_made()
-    if finder.awaited:
+    finder.add_if_made()
+    if finder.waits:
         sys.meta_path.insert(0, finder)

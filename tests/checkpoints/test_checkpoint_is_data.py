@@ -290,9 +290,7 @@ def test_no_mutation_of_a_recipe_does_more_than_load_or_be_refused(
 @pytest.mark.parametrize(
     "report",
     [
-        {"format_version": 1, "source": {"name": "m", "code": 1}},
         {"format_version": 1, "source": {"name": "m"}, "settings": {"a\nb": {"c": nested(200)}}},
-        {"format_version": 1, "source": {"name": "m"}, "hooks\nx": 1},
         {"format_version": 1, "source": {"name": "m"}, "sizes": {"dense": {"total": "a"}}},
         {"format_version": {"a": nested(50)}},
         [1],

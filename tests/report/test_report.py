@@ -123,13 +123,11 @@ def test_absent_parts_are_not_shown() -> None:
     assert "model was pruned. Nothing was trained afterwards." in page
     card = render_card(Report(source=Source(name="model")))
     assert re.findall(r"^#+ .*", card, re.MULTILINE) == ["# model, pruned", "## Use it"]
-    assert "import llm_pruner" not in card
     assert "trust_remote_code" not in card
 
 
 def test_the_card() -> None:
     card = render_card(full_report())
-    assert "\nimport llm_pruner  # pip install llm-pruner\nfrom transformers import" in card
     assert card.count('from_pretrained("path/to/this/folder", trust_remote_code=True)') == 2
     assert yaml.safe_load(card.split("---\n")[1]) == {
         "base_model": "org/model",

@@ -86,8 +86,8 @@ def full_report(text: str = "", **changes: Any) -> Report:
             SplitTrial(split={f"heads{text}": 0.0, "ffn": 1.0}, divergence=0.125),
         ),
         "twin_difference": 1.5e-6,
-        "saved_as": "recipe",
-        "needs": ("import llm_pruner", f"trust_remote_code=True{text}"),
+        "saved_as": "stock",
+        "needs": (f"trust_remote_code=True{text}",),
         "seconds": {f"load{text}": 1.25},
         "evaluations": {
             "dense": evaluation(1, text),

@@ -123,36 +123,28 @@ def with_recipe(
 ) -> PreTrainedConfig:
     """Return the config of a folder whose layers differ, with the recipe under ``pruned``.
 
-    ``auto_map`` names the classes of the code beside it; models that this package adds to
-    transformers have none. Raises UserError if the model could not be built from it.
+    ``auto_map`` names the classes of the code beside it. Raises UserError if the model could not be
+    built from it.
     """
     model_class = stock_class(type(model))
     config = copy.deepcopy(config)
     config.pruned = to_json(replace(recipe, shapes=tied_shapes(model, recipe)))
-    whole = _built(model_class, config)
+    whole, classes = _built(model_class, config), _classes(model)
     # With a config of transformers, a folder's own code would be taken for its model of that.
     hidden = is_own_code(model) and type(config).__module__.startswith("transformers.")
-    if hidden or whole is None or any(meta.differing(meta.sizes(whole), meta.sizes(model))):
+    lost = hidden or whole is None or not classes
+    if lost or any(meta.differing(meta.sizes(whole), meta.sizes(model))):
         raise UserError(
             f"a {model_class.__name__} whose layers differ cannot be loaded again, so nothing was "
             "saved; prune with --uniform"
         )
-    classes = _classes(model)
     base = _built(stock_class(type(model.base_model)), config)
     if base is None or any(meta.differing(meta.sizes(base), meta.sizes(model.base_model))):
         classes.pop("AutoModel", None)
-    if not classes:
-        return config
     config.auto_map = _auto_map(config, classes)
     if getattr(config, "is_heterogeneous", False):
         return config  # it says the heads of layers that the dense model has
     return _with_heads(config, per_layer_config(whole))
-
-
-def has_code(config: PreTrainedConfig) -> bool:
-    """Whether a config names classes of the code beside it."""
-    named = getattr(config, "auto_map", None) or {}
-    return any(str(where).startswith(f"{CODE}.") for where in named.values())
 
 
 def _with_heads(config: PreTrainedConfig, heads: dict[int, dict[str, int]]) -> PreTrainedConfig:

@@ -33,7 +33,7 @@ from llm_pruner.models.tokenizer import save_tokenizer
 from llm_pruner.runtime.progress import quiet_bars
 from llm_pruner.types import Edits
 
-Kind = Literal["stock", "remote_code", "recipe"]
+Kind = Literal["stock", "remote_code"]
 
 SHARD = "1GB"
 
@@ -56,11 +56,10 @@ class SavedCheckpoint:
     """A folder that ``from_pretrained`` loads.
 
     Attributes:
-        kind: ``stock`` has a plain config, ``remote_code`` modelling code beside it, ``recipe`` a
-            config that this package alone reads.
+        kind: ``stock`` has a plain config, ``remote_code`` modelling code beside it.
         bytes: size of all files in it.
-        needs: what ``from_pretrained`` needs besides transformers: ``import llm_pruner`` for models
-            that transformers lacks, ``trust_remote_code=True`` for folders with code.
+        needs: what ``from_pretrained`` needs besides the folder: ``trust_remote_code=True`` for
+            folders with code.
     """
 
     kind: Kind
@@ -151,11 +150,8 @@ def make_readable(folder: Path) -> None:
 
 
 def _needs(model: PreTrainedModel, kind: Kind) -> tuple[str, ...]:
-    origin = remote_code.stock_class(type(model)).__module__.partition(".")[0]
-    own = kind == "recipe" or origin == __name__.partition(".")[0]
     code = kind == "remote_code" or remote_code.is_own_code(model)
-    needs = (("import llm_pruner", own), ("trust_remote_code=True", code))
-    return tuple(what for what, needed in needs if needed)
+    return ("trust_remote_code=True",) if code else ()
 
 
 def _pruned_config(
@@ -178,8 +174,7 @@ def _pruned_config(
         _require_valid(config)
     if edits.layers and not recipe.shapes:
         _require_no_other(config, model, edits)
-    config = remote_code.with_recipe(config, recipe, model)
-    return config, "remote_code" if remote_code.has_code(config) else "recipe"
+    return remote_code.with_recipe(config, recipe, model), "remote_code"
 
 
 def _require_valid(config: PreTrainedConfig) -> None:

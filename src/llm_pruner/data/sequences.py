@@ -59,18 +59,14 @@ def bare_ids(tokenizer: Any, text: str) -> list[int]:
 def added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the token ids that the tokenizer adds before and after a text.
 
-    A start token behind the text (ChatGLM) counts as standing before it. Attributes such as
-    ``add_bos_token`` are missing or wrong for many tokenizers, so a text is encoded with and
-    without.
+    Attributes such as ``add_bos_token`` are missing or wrong for many tokenizers, so a text is
+    encoded with and without.
     """
     whole = list(tokenizer(_PROBE)["input_ids"])
     bare = list(bare_ids(tokenizer, _PROBE))
     for start in range(len(whole) - len(bare) + 1):
         if whole[start : start + len(bare)] == bare:
-            before, after = tuple(whole[:start]), tuple(whole[start + len(bare) :])
-            if getattr(tokenizer, "bos_token_id", None) in after:
-                return before + after, ()
-            return before, after
+            return tuple(whole[:start]), tuple(whole[start + len(bare) :])
     return (), ()
 
 

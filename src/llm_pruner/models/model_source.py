@@ -23,7 +23,7 @@ from llm_pruner.settings.options import near
 
 _TOKENIZERS = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
-    *("ice_text.model", "*.tiktoken", "tekken.json", "tokenizer_config.json"),
+    *("*.tiktoken", "tekken.json", "tokenizer_config.json"),
 )
 _PACKED_METHODS = ("torchao", "compressed-tensors")
 

@@ -26,9 +26,9 @@ Variant = Literal["dense", "trimmed", "pruned", "recovered", "quantized"]
 """The model before, without some of its tokens, after removing units, after training what was left,
 and with packed weights."""
 
-SavedAs = Literal["stock", "remote_code", "recipe"]
+SavedAs = Literal["stock", "remote_code"]
 """``stock`` if a plain config describes a checkpoint, ``remote_code`` if its folder holds code that
-does, and ``recipe`` if only this package reads it."""
+does."""
 
 Loss: TypeAlias = Annotated[float, BeforeValidator(lambda of: math.inf if of is None else of)]
 """In nats for each target token; JSON has no number for what is infinite."""
