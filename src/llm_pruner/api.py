@@ -33,7 +33,7 @@ from llm_pruner.files.disk import expanded
 from llm_pruner.importance import Criterion
 from llm_pruner.importance import score as score_groups
 from llm_pruner.models.forward import check_length, dtype_name, module_of, token_ids
-from llm_pruner.models.layers import sharing_copy
+from llm_pruner.models.layers import own_copy, sharing_copy
 from llm_pruner.models.load import LoadedModel, load_model
 from llm_pruner.planning import Plan
 from llm_pruner.report.records import CurvePoint
@@ -452,7 +452,7 @@ def recover_(
         work = Path(folder)
         samples = make_samples(asked, work, model.current, dense, read_examples(asked))
         network, outcome = train_(
-            deepcopy(model.network),
+            own_copy(model.network),
             [one for each in samples for one in each.train],
             [one for each in samples for one in each.held_out],
             asked,

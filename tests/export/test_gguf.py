@@ -620,3 +620,15 @@ def write(writer: gguf.GGUFWriter) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_a_falcon_mamba_is_not_read_as_a_mamba_without_norms(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("mamba")
+    for normed in (False, True):
+        writer = gguf.GGUFWriter(tmp_path / "m.gguf", "mamba")
+        writer.add_ssm_dt_b_c_rms(normed)
+        write(writer)
+        if not normed:
+            complete_from_gguf_(config, tmp_path / "m.gguf")
+    with pytest.raises(UserError, match="is of a FalconMamba"):
+        complete_from_gguf_(config, tmp_path / "m.gguf")

@@ -19,7 +19,7 @@ from families import discovered
 from helpers import tiny_model
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import VerificationError
-from llm_pruner.models.layers import sharing_copy
+from llm_pruner.models.layers import own_copy, sharing_copy
 from llm_pruner.models.streaming import is_model_streamed, stream_
 from llm_pruner.runtime.precision import exact_products
 from llm_pruner.runtime.progress import Clock
@@ -219,6 +219,38 @@ def test_large_numbers_that_are_written_hide_nothing(written: float) -> None:
         (name,) = (g.name for g in discovery.groups if g.kind in ("ffn", "other"))
         with pytest.raises(VerificationError, match="at fault") if wrong else nullcontext():
             check(net, {name: np.array([0, 1])}, discovery)
+
+
+class Tied(nn.Module):
+    """Its head is a function that reads the embedding of the model that made it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(16, 8)
+        self.up = nn.Linear(8, 12)
+        self.down = nn.Linear(12, 8)
+        self.head = lambda hidden: hidden @ self.embedding.weight.T
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(tokens)
+        logits: torch.Tensor = self.head(hidden + self.down(self.up(hidden).relu()))
+        return logits
+
+
+def test_functions_that_a_model_holds_are_copied_with_it() -> None:
+    torch.manual_seed(0)
+    net = Tied()
+    discovery = discover(net)
+    (hidden,) = (group for group in discovery.groups if group.kind == "hidden")
+    tokens = torch.arange(16)[None]
+    copied = own_copy(net)
+    cut_verified_(net, discovery, {hidden.name: np.array([0, 3])})
+    assert net.embedding.weight.shape == (16, 6)
+    before = copied(tokens)
+    with torch.no_grad():
+        net.embedding.weight.zero_()
+    assert torch.equal(copied(tokens), before)
+    assert not net(tokens).any()
 
 
 class Odd(Body):

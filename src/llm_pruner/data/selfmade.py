@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from llm_pruner.models.forward import (
     repeat_,
     tensor_bytes,
 )
+from llm_pruner.models.layers import own_copy
 from llm_pruner.models.streaming import forget_pages, is_model_streamed, room_for, values_of
 from llm_pruner.runtime.memory import free_bytes
 from llm_pruner.runtime.precision import multiplies_bfloat16
@@ -196,7 +196,7 @@ def _fast(model: Any) -> Any:
         return model
     kind = torch.bfloat16
     memo = {id(one): nn.Parameter(values_of(one, kind).to(kind)) for one in weights}
-    return deepcopy(model, memo)
+    return own_copy(model, memo)
 
 
 def _texts_at_a_time(model: Any, opening: torch.Tensor, seq_len: int) -> int:

@@ -110,10 +110,16 @@ def _header(file: Path) -> bytes:
 def complete_from_gguf_(config: Any, file: Path) -> None:
     """Give a config the sizes, attention scale and rotary base that transformers does not read.
 
-    Raises UserError if the file does not say in full how rotary embeddings are scaled.
+    Raises UserError if the file does not say in full how rotary embeddings are scaled, or has norms
+    that transformers leaves out.
     """
     start = _header(file)
     architecture = str(_said(start, "general.architecture"))
+    if _said(start, f"{architecture}.ssm.dt_b_c_rms"):
+        raise UserError(
+            f"{file} is of a FalconMamba, which transformers reads from a .gguf as a Mamba without "
+            "its norms; name the folder that it was made of"
+        )
     for key, name in _SIZES.get(architecture, {}).items():
         if (size := _said(start, f"{architecture}.{key}")) is not None:
             setattr(config, name, size)

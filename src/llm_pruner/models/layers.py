@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from types import ModuleType
+from types import CellType, FunctionType, ModuleType
 from typing import Any, TypeGuard
 
 import torch
@@ -31,7 +31,42 @@ def sharing_copy(model: nn.Module, *, buffers: bool = True) -> nn.Module:
     weights = {id(one): one for one in model.parameters()}
     others = [one for one in tensors_of(model) if id(one) not in weights]
     memo = {id(one): one if buffers else one.detach().clone() for one in others}
-    return copy.deepcopy(model, memo | weights)
+    return own_copy(model, memo | weights)
+
+
+def own_copy(model: Any, memo: dict[int, Any] | None = None) -> Any:
+    """Return a deep copy whose modules hold functions of their own; ``memo`` as in ``deepcopy``.
+
+    ``copy.deepcopy`` keeps functions as they are, so ``lambda x: x @ self.embedding.weight.T`` in a
+    copy would read the weights of the original.
+    """
+    memo = {} if memo is None else memo
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        for name, value in [*vars(module).items()]:
+            if isinstance(value, FunctionType) and value.__closure__:
+                vars(module)[name] = _bound_anew(value, memo)
+    return copied
+
+
+def _bound_anew(function: FunctionType, memo: Mapping[int, Any]) -> FunctionType:
+    """Return a function that reads copies in place of the modules that were copied."""
+    cells = []
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # an empty one
+            if isinstance(cell.cell_contents, nn.Module):
+                cell = CellType(memo.get(id(cell.cell_contents), cell.cell_contents))
+        cells.append(cell)
+    bound = FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        tuple(cells),
+    )
+    bound.__kwdefaults__ = function.__kwdefaults__
+    vars(bound).update(vars(function))
+    return bound
 
 
 def tensors_of(model: nn.Module) -> Iterator[torch.Tensor]:

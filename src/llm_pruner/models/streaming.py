@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial, update_wrapper
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from llm_pruner.errors import NeedsMemory
 from llm_pruner.models import mapped_weights as mapped
 from llm_pruner.models.forward import input_embedding
-from llm_pruner.models.layers import heaviest_list, names_in_float32, with_initialisers
+from llm_pruner.models.layers import heaviest_list, names_in_float32, own_copy, with_initialisers
 from llm_pruner.models.mapped_weights import Joined, StoredWeight
 from llm_pruner.types import IntArray
 
@@ -89,7 +88,7 @@ def in_turns(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for one in model.parameters():
         memo[id(one)] = nn.Parameter(one.detach(), one.requires_grad)
     device = next(model.parameters()).device
-    copy = deepcopy(model, memo)
+    copy = own_copy(model, memo)
     stream_(copy, dtype, device)
     return copy
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from contextlib import closing
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import nn
 
 from llm_pruner.data.sequences import TrainingSequence, make_sequence
 from llm_pruner.models.forward import undisturbed
+from llm_pruner.models.layers import own_copy
 from llm_pruner.recovery.callbacks import Progress
 from llm_pruner.recovery.distill import DirectTeacher
 from llm_pruner.recovery.run import Outcome, recover_
@@ -136,7 +136,7 @@ def _own_copy(model: Any) -> Any:
     """Return a copy with weights of its own, but for the embeddings, which are not trained."""
     shared = [model.get_input_embeddings(), model.get_output_embeddings()]
     weights = [weight for one in shared if one is not None for weight in one.parameters()]
-    return deepcopy(model, {id(weight): weight for weight in weights})
+    return own_copy(model, {id(weight): weight for weight in weights})
 
 
 def method_for(model: nn.Module) -> str:

@@ -21,6 +21,7 @@ from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.errors import UserError
 from llm_pruner.files.outputs import free_bytes
 from llm_pruner.models.forward import embedding_rows, own_forward
+from llm_pruner.models.layers import own_copy
 from llm_pruner.recovery import checkpoint as state
 from llm_pruner.recovery.arguments import training_arguments
 from llm_pruner.recovery.callbacks import Guard, Progress, evaluation_interval
@@ -109,7 +110,7 @@ def recover_(
     work.mkdir(parents=True, exist_ok=True)
     merges = settings.quantize == "none" and not processes.sharded
     if not merges and again is None:
-        again = partial(copy.deepcopy, copy.deepcopy(model))
+        again = partial(own_copy, own_copy(model))
     total = _total_steps(len(train), settings)
     with processes.first():
         checkpoint = state.last_checkpoint(work)

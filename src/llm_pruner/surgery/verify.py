@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from torch import nn
 
 from llm_pruner.errors import InfeasibleError, UserError, VerificationError, in_short
 from llm_pruner.models.forward import is_on_meta, leave_weights_
-from llm_pruner.models.layers import heaviest_list, sharing_copy
+from llm_pruner.models.layers import heaviest_list, own_copy, sharing_copy
 from llm_pruner.models.streaming import (
     computed_in,
     in_turns,
@@ -153,7 +152,7 @@ def _computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
     weights = [*model.parameters()]
     needed = sum(one.numel() * (dtype.itemsize + one.itemsize) for one in weights)
     if all(needed < free_bytes(str(device)) for device in {one.device for one in weights}):
-        copy = deepcopy(model)
+        copy = own_copy(model)
         yield copy.float() if dtype == torch.float32 else copy.double()
     else:
         yield in_turns(model, dtype)
