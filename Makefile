@@ -37,7 +37,7 @@ demo: $(BASE)
 
 # The pages of options and of the Python API are written from the code first.
 docs: $(DOCS)
-	$(BIN)/python tools/reference.py
+	$(BIN)/python tools/reference_pages.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 check: lint types contracts

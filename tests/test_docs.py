@@ -129,7 +129,7 @@ def test_commands_have_their_options(page: Path) -> None:
 
 def test_the_generated_pages_are_what_the_code_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    reference = importlib.import_module("reference")
+    reference = importlib.import_module("reference_pages")
     folder = ROOT / "docs" / "reference"
     assert reference.options_page() == (folder / "options.md").read_text("utf-8"), "make docs"
     assert reference.python_page() == (folder / "python.md").read_text("utf-8"), "make docs"

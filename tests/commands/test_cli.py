@@ -249,7 +249,7 @@ def test_help_is_plain_and_fits_in_80_columns() -> None:
         shown = done(*args, "--help").out
         assert max(map(len, shown.splitlines())) <= 80
         assert shown.isascii()
-        assert "..." not in shown.replace("[ARGS]...", "").replace("{DIR}...", "")
+        assert not args or "..." not in shown.replace("[ARGS]...", "").replace("{DIR}...", "")
     prune = done("prune", "-h").out
     headings = [line for line in prune.splitlines() if line.endswith(":") and line[0] != " "]
     assert headings[:2] == ["Arguments:", "How much (one of these):"]

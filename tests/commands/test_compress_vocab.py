@@ -148,7 +148,7 @@ def test_all_stages_start_from_it(work: Path, monkeypatch: pytest.MonkeyPatch) -
         ),
         (["--ratio", 0.01], "without the tokens, 84,624 parameters are left, and 121,984 are"),
         (["--vocab-size", 12, "--ratio", 0.6], "12 tokens cannot be: "),
-        (["--vocab-text", "nofile.txt"], "nofile.txt does not exist; check the path of the text"),
+        (["--vocab-text", "nofile.txt"], "nofile.txt does not exist or is no file; give one .txt"),
     ],
 )
 def test_what_is_refused(work: Path, options: list[object], said: str) -> None:

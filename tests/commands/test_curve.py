@@ -205,7 +205,7 @@ def test_a_text_that_is_too_short_is_refused_before_a_point(
     monkeypatch.setattr(PruneRun, "make_plan", lambda *_: pytest.fail("a point was begun"))
     Path("short.txt").write_text("a few words")
     said = refused("curve", "dense", "--out", "none", *HOW, "--text", "short.txt")
-    assert "the text is too short; use --measured-tokens 11 or less, or more text" in said
+    assert "the text is too short; use measured_tokens 11 or less, or more text" in said
 
 
 def test_from_python(made: tuple[dict[str, Any], Result]) -> None:

@@ -109,17 +109,12 @@ def test_a_refit_reads_more_text_than_the_estimate(
     [
         ("criterion: [", "is not YAML in line 1"),
         ("- fisher", "holds no settings"),
-        ("steps: 2\ncriterion: l2\nsteps: 3", "says steps 2 times; leave one of them"),
         (
             "critrion: fisher\nsteps: many",
             "critrion is no setting; did you mean criterion?",
         ),
-        ("steps: many", "--steps many: input should be a valid integer"),
-        ("preset: best", r"mine.yaml names another preset, best; give that as --preset and this"),
-        (
-            "text_split: 2024-02-30",
-            r"is not YAML \(day is out of range for month\); correct it, or",
-        ),
+        ("steps: many", "steps many should be a valid integer; correct it"),
+        ("preset: best", r"mine.yaml names preset best; give this file as --config"),
     ],
 )
 def test_broken_recipe_files(tmp_path: Path, content: str, message: str) -> None:
@@ -207,7 +202,7 @@ def test_refits_that_make_held_out_text_worse_are_taken_back(
     done("prune", tiny, "--out", plain, *options)
     monkeypatch.setattr(refitting, "refit_", spoil)
     result = done("prune", tiny, "--out", spoiled, *options, "--compensation", "least-squares")
-    assert "no gain on held-out text" in result.out
+    assert "least squares refitted 0 of" in result.out
     assert read_report(spoiled / "report.json").compensation is None
     one, other = (load_file(folder / "model.safetensors") for folder in (plain, spoiled))
     assert all(torch.equal(one[key], other[key]) for key in one)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-import llm_pruner.cli.compress
-import llm_pruner.commands.compress
+import llm_pruner.commands.demo
 import llm_pruner.commands.forecast
 import llm_pruner.commands.prune
 import llm_pruner.files.outputs
@@ -24,15 +22,10 @@ import llm_pruner.surgery.pruner
 import llm_pruner.surgery.verify
 from command import contents, done, refused, run, save_tiny, write_text
 from llm_pruner import discover, read_plan
-from llm_pruner.commands.evaluate import measure
-from llm_pruner.commands.prune import PruneRun
-from llm_pruner.evaluation.perplexity import PerplexityResult
 from llm_pruner.evaluation.result_cache import shared_corpora
-from llm_pruner.evaluation.speed import Speed
 from llm_pruner.files.outputs import atomic_directory
 from llm_pruner.report.data import read_report
-from llm_pruner.report.records import Measured
-from llm_pruner.settings.evaluate import EvaluateSettings
+from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.surgery.cut import cut_
 from llm_pruner.types import Discovery
 
@@ -336,7 +329,7 @@ def test_surgery_that_goes_wrong_names_the_group_and_saves_nothing(
     assert result.out == ""
     assert len(result.err.splitlines()) == 1
     assert "the pruned model differs from its masked twin by" in result.err
-    assert "; at fault: layers.2.ffn; nothing was saved." in result.err
+    assert "; at fault: ffn; nothing was saved." in result.err
     assert contents(work) == {}
 
 
@@ -361,66 +354,39 @@ def test_a_folder_that_does_not_load_as_it_was_saved_is_not_kept(
 
 @pytest.fixture
 def quick(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make a demo of seconds: of a tiny model that prefers some tokens, with little text."""
+    """Make a demo of seconds: of a tiny model, with little text."""
     tiny = save_tiny(work.parent / "sharp", initializer_range=0.2)
-    recipe = work.parent / "quick.yaml"
-    recipe.write_text("{structures: [ffn], criterion: fisher, samples: 4, seq_len: 24}")
     monkeypatch.setattr(llm_pruner.models.checkpoint_files, "default_gguf", lambda: tiny)
-    monkeypatch.setattr(llm_pruner.cli.compress, "_DEMO_PRESET", str(recipe))
-    monkeypatch.setattr(llm_pruner.cli.compress, "_DEMO_SAMPLES", 128)
+    whole = llm_pruner.commands.demo.settings_of
+
+    def few(out: Path, *, overwrite: bool) -> PruneSettings:
+        changes = {"preset": "fast", "samples": 8, "seq_len": 24, "repair_minutes": 0.05}
+        return whole(out, overwrite=overwrite).but(**changes)
+
+    monkeypatch.setattr(llm_pruner.commands.demo, "settings_of", few)
 
 
-def test_demo(work: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    dense = llm_pruner.models.checkpoint_files.default_gguf()
-    apart, load_model = llm_pruner.commands.compress.measure_apart, PruneRun.load
-    began: list[str] = []
-
-    def measured(settings: EvaluateSettings, *how: Any) -> Measured:
-        """Start a process for the dense model alone: each takes seconds to import PyTorch."""
-        began.append(Path(settings.model).name)
-        if began[-1] != "default":
-            return measure(settings, *how)
-        return apart(settings.but(model=str(dense)), *how)
-
-    def load_shown(run: PruneRun) -> None:
-        shown = sys.stdout.getvalue().split()  # type: ignore[attr-defined]
-        assert shown[:2] == ["Before", "dense"]
-        assert "perplexity," in shown
-        began.append("pruning")
-        load_model(run)
-
-    monkeypatch.setattr(llm_pruner.commands.compress, "measure_apart", measured)
-    monkeypatch.setattr(PruneRun, "load", load_shown)
+def test_demo(work: Path, quick: None) -> None:
     result = done("demo", "--json", "found.json")
-    # The first figures are there before pruning begins, and nothing is measured twice.
-    assert began == ["default", "pruning", "pruned", "recovered"]
-    assert result.err == ""
     assert max(map(len, result.out.splitlines())) <= 80
-    rows = [line.split() for line in result.out.splitlines()]
-    assert ["dense", "pruned", "recovered"] in rows
-    assert ["parameters", "136.1K", "109.0K", "109.0K"] in rows
     lines = [line.strip() for line in result.out.splitlines()]
-    for row in ("size on disk", "perplexity, demo text", "prefill tokens/s", "decode tokens/s"):
+    assert lines[0].startswith("dense: 136.1K parameters, perplexity ")
+    for row in ("parameters", "size in float32", "decoding, tokens/s", "KL from dense"):
         assert any(line.startswith(row) for line in lines)
-    assert any(line.startswith("peak memory: ") for line in lines)
-    assert lines[-1] == "report: demo-out/report.html"
+    assert any(line.startswith("Asked: What is the capital") for line in lines)
+    assert "llm-pruner prune MODEL --out small" in lines[-1]
     found = json.loads(Path("found.json").read_text())
-    assert found["path"] == "demo-out"
-    assert read_report(Path("demo-out/report.json")).command == "llm-pruner demo --json found.json"
-    assert found["recovery"]["gained"]
+    assert found["pruned"]["path"] == "demo-out"
+    assert list(found["measured"]) == ["dense", "pruned", "repaired"]
     assert found["measured"]["dense"]["parameters"] == DENSE
-    assert found["measured"]["pruned"]["parameters"] == found["parameters"]["after"]
-    assert load("demo-out").num_parameters() == found["parameters"]["after"]
+    size = load("demo-out").num_parameters()
+    assert found["measured"]["repaired"]["parameters"] == size < DENSE
+    report = read_report(Path("demo-out/report.json"))
+    assert report.command == "llm-pruner demo --json found.json"
+    assert {"dense", "pruned"} <= report.evaluations.keys()
 
 
-def test_demo_replaces_its_own_folder_and_no_other(
-    work: Path, tiny: Path, quick: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = PerplexityResult(2.0, 0.7, 9, "text", None, 3, 3, "standard", None)
-    speed = Speed(1.0, 1.0, (1.0,), (1.0,), 1, 1, 1, 1, "float32", "cpu", 1)
-    figures = Measured("tiny", DENSE, None, None, [text], None, speed, {})
-    monkeypatch.setattr(llm_pruner.commands.compress, "measure_apart", lambda *_, **__: figures)
-    monkeypatch.setattr(llm_pruner.cli.compress, "_DEMO_SAMPLES", 24)
+def test_demo_replaces_its_own_folder_and_no_other(work: Path, tiny: Path, quick: None) -> None:
     with atomic_directory(Path("demo-out"), overwrite=False) as earlier:
         (earlier / "plan.json").write_text("earlier")
     done("demo")

@@ -25,14 +25,14 @@ from llm_pruner.evaluation.result_cache import shared_corpora
     ],
 )
 def test_corpora_by_name(tmp_path: Path, used: str, source: str, same: bool) -> None:
-    (tmp_path / "plan.json").write_text(json.dumps({"calibration": {"source": used}}))
+    (tmp_path / "plan.json").write_text(json.dumps({"settings": {"calibration": used}}))
     warnings = shared_corpora(str(tmp_path), [source])
     assert bool(warnings) == same
     part = used.split(",")[-1].partition(":")[0]
     assert all(f"on {part} and" in warning and source in warning for warning in warnings)
 
 
-@pytest.mark.parametrize("plan", ["", "[]", '{"calibration": null}', '{"calibration": {}}'])
+@pytest.mark.parametrize("plan", ["", "[]", '{"settings": {}}'])
 def test_folders_that_say_nothing(tmp_path: Path, plan: str) -> None:
     assert shared_corpora(str(tmp_path / "absent"), ["c4"]) == []
     (tmp_path / "plan.json").write_text(plan)

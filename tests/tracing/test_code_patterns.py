@@ -19,6 +19,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from llm_pruner.discovery import run as tracing
 from llm_pruner.discovery.groups import discover
 from llm_pruner.discovery.run import vocabulary_size
 from llm_pruner.errors import DiscoveryError, InfeasibleError
@@ -28,7 +29,6 @@ from llm_pruner.surgery.removal import count_parameters, removed_positions
 from llm_pruner.surgery.twin import pruned_logits, twin_logits
 from llm_pruner.surgery.verify import largest_difference
 from llm_pruner.surgery.verify import prune_ as verified_prune_
-from llm_pruner.tracing import run as tracing
 from llm_pruner.tracing.scenes import staged
 from llm_pruner.types import Discovery, Group, Removal
 from nets import HEADS, HIDDEN, SIZE, VOCABULARY, Attention, Body, Gated, Net, attend

@@ -147,7 +147,7 @@ def test_modules_that_are_scored_as_they_are(
     prune_(copy.deepcopy(net), discovery, pick(discovery))
     ids = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
     for criterion in criteria:
-        found = score(net, discovery, Criterion(criterion), input_ids=ids, seed=0)
+        found = score(net, discovery, Criterion(criterion), ids, seed=0)
         assert all(np.isfinite(values).all() for values in found.values())
 
 

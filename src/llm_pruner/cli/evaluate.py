@@ -39,14 +39,14 @@ def run(settings: EvaluateSettings, json: str | None) -> None:
     for warning in shared_corpora(settings.model, settings.perplexity, settings.revision):
         warn(warning)
     found = measure(settings)
-    hand_over(found, json, show)
     if settings.report is not None:
         from llm_pruner.report.write import add_evaluation
 
         add_evaluation(settings.report, found, settings.model)
-        if json != "-":
-            added = settings.report / "report.html"
-            Screen().print(f"added to {clean(str(added))}", soft_wrap=True)
+    hand_over(found, json, show)
+    if settings.report is not None and json != "-":
+        added = settings.report / "report.html"
+        Screen().print(f"added to {clean(str(added))}", soft_wrap=True)
 
 
 def show(found: Measured) -> None:

@@ -63,6 +63,7 @@ class _MeasuredRun(PruneRun):
     def load(self) -> None:
         super().load()
         self.measured: dict[str, Measured] = {}
+        self.whole = replace(self.loaded, model=self.dense)  # the repair lets go of it
         self._measure("dense")
 
     def repair(self) -> None:
@@ -72,7 +73,7 @@ class _MeasuredRun(PruneRun):
 
     def _measure(self, stage: str) -> None:
         model, tokenizer = self.network, self.loaded.tokenizer
-        dense = None if stage == "dense" else replace(self.loaded, model=self.dense)
+        dense = None if stage == "dense" else self.whole
         how = PerplexitySettings(seq_len=512)
         size = model_size(model)
         found = Measured(

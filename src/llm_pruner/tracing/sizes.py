@@ -137,6 +137,18 @@ class TracedInt(torch.SymInt):
     def __divmod__(self, other: Any) -> Any:
         return self // other, self % other
 
+    def __rdivmod__(self, other: Any) -> Any:
+        return other // self, other % self
+
+    def __lshift__(self, other: Any) -> Any:
+        return self * (1 << plain(other)) if type(other) is int else self._read() << other
+
+    def __rshift__(self, other: Any) -> Any:
+        return self // (1 << plain(other)) if type(other) is int else self._read() >> other
+
+    def __invert__(self) -> int:
+        return ~self._read()
+
     def __neg__(self) -> Any:
         return _counted(self, "-", 0, swap=True)
 
@@ -165,8 +177,8 @@ class TracedInt(torch.SymInt):
     __and__, __rand__ = _operators(_calculated, operator.and_)
     __or__, __ror__ = _operators(_calculated, operator.or_)
     __xor__, __rxor__ = _operators(_calculated, operator.xor)
-    __lshift__, __rlshift__ = _operators(_calculated, operator.lshift)
-    __rshift__, __rrshift__ = _operators(_calculated, operator.rshift)
+    __rlshift__ = _operators(_calculated, operator.lshift)[1]
+    __rrshift__ = _operators(_calculated, operator.rshift)[1]
     __pow__, __rpow__ = _operators(_calculated, operator.pow)
 
     def __getattr__(self, name: str) -> Any:
