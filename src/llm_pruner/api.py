@@ -186,15 +186,8 @@ def load(
     Raises:
         UserError: it cannot be loaded, and why.
     """
-    return Model(
-        load_model(
-            str(model),
-            revision=revision,
-            dtype=dtype,
-            device=device,
-            trust_remote_code=trust_remote_code,
-        )
-    )
+    how: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device}
+    return Model(load_model(str(model), trust_remote_code=trust_remote_code, **how))
 
 
 def calibration(
@@ -293,8 +286,8 @@ def plan(model: Model, groups: Discovery, scores: Scores | None, settings: PlanS
         said |= {"criterion": how.name, "seed": scores.seed}
         if text is not None:
             read = text.settings
-            said |= {"calibration": read["source"], "samples": read["samples"]}
-            said |= {"seq_len": read["seq_len"]}
+            said |= {"calibration": read["source"]}
+            said |= {name: read[name] for name in ("samples", "seq_len")}
             said |= {"seed": read["seed"]} if how.reads_text else {}
             said |= {name: read.get(name) for name in ("text_split", "text_field")}
         known = dict(scores)

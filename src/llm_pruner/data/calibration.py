@@ -13,14 +13,7 @@ import torch
 from llm_pruner.data.files import BEGINNING
 from llm_pruner.data.selfmade import WRITERS, write_text_cached
 from llm_pruner.data.sequences import added_tokens, bare_ids, room_for_text
-from llm_pruner.data.text import (
-    SELF,
-    Documents,
-    load_documents,
-    read_each,
-    running_text,
-    shares_of,
-)
+from llm_pruner.data.text import SELF, Documents, load_documents, read_each, running_text, shares_of
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import short_digest
 from llm_pruner.models.forward import check_length

@@ -10,12 +10,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Literal, NamedTuple, TypeVar
 
-from llm_pruner.data.files import (
-    NoFieldError,
-    field_of,
-    read_source,
-    texts_of_rows,
-)
+from llm_pruner.data.files import NoFieldError, field_of, read_source, texts_of_rows
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import expanded
 from llm_pruner.settings.evaluate import PerplexitySettings

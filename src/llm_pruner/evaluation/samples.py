@@ -31,7 +31,10 @@ def sample_continuation(
     ends = end_ids(model, tokenizer)
     with evaluating(model):
         written = list(write(Decoder(model), given, max_new_tokens, ends))
-    return strip_control(decoded(tokenizer, given, written, chat=asked)).replace("\t", " ")
+    read = (
+        _decode(tokenizer, written).lstrip() if asked else continuation(tokenizer, given, written)
+    )
+    return strip_control(read).replace("\t", " ")
 
 
 def check_prompt(model: Any, tokenizer: Any, prompt: str, *, chat: bool = False) -> None:
@@ -68,13 +71,6 @@ def write(
             return
         yield token
         given = [token]
-
-
-def decoded(tokenizer: Any, given: list[int], written: list[int], *, chat: bool) -> str:
-    """Return as text what was written after the tokens given."""
-    if chat:
-        return _decode(tokenizer, written).lstrip()
-    return continuation(tokenizer, given, written)
 
 
 def continuation(tokenizer: Any, given: Sequence[int], written: Sequence[int]) -> str:

@@ -22,14 +22,7 @@ from llm_pruner.models.checkpoint_files import DEFAULT
 from llm_pruner.planning import Plan
 from llm_pruner.planning.constraints import removed_layers
 from llm_pruner.report import data
-from llm_pruner.report.records import (
-    Abilities,
-    Measured,
-    Pruned,
-    Recovered,
-    Weighed,
-    ZeroShot,
-)
+from llm_pruner.report.records import Abilities, Measured, Pruned, Recovered, Weighed, ZeroShot
 from llm_pruner.settings.common import CALIBRATION
 from llm_pruner.settings.options import option_of
 from llm_pruner.settings.prune import PruneSettings
@@ -217,11 +210,7 @@ def _results_on(text: PerplexityResult, against: str | None = None) -> Iterator[
     settings = f"{how}, {text.tokens:,} tokens{kind}"
     common: dict[str, Any] = {"name": name, "settings": settings, "better": "lower"}
     yield data.Result(
-        part="perplexity",
-        value=text.perplexity,
-        stderr=text.stderr,
-        of=text.ids_digest,
-        **common,
+        part="perplexity", value=text.perplexity, stderr=text.stderr, of=text.ids_digest, **common
     )
     if text.bits_per_byte is not None:
         # The number of tokens differs between models; the number that was asked for does not.

@@ -34,11 +34,7 @@ from llm_pruner.errors import InfeasibleError, VerificationError, in_short
 from llm_pruner.models.forward import module_of, token_ids
 from llm_pruner.models.streaming import is_streamed, zeroed
 from llm_pruner.models.synchronized_runs import Job, Outcome, Side, in_step, result_of, together
-from llm_pruner.surgery.removal import (
-    checked_removal,
-    removed_modules,
-    removed_positions,
-)
+from llm_pruner.surgery.removal import checked_removal, removed_modules, removed_positions
 from llm_pruner.tracing.calls import hidden_in
 from llm_pruner.tracing.ops import Call, Operation
 from llm_pruner.tracing.scenes import Scene, few, staged, unwritten
@@ -199,10 +195,7 @@ def joined(outcomes: Iterable[Outcome[Logits]]) -> Logits:
 
 
 def run_twin(
-    model: nn.Module,
-    discovery: Discovery,
-    removal: Removal,
-    scenes: Sequence[Scene],
+    model: nn.Module, discovery: Discovery, removal: Removal, scenes: Sequence[Scene]
 ) -> list[Outcome[Logits]]:
     """Run scenes with the removed units silenced."""
     jobs = _jobs(partial(_twin_scene, discovery, removal), model, scenes)

@@ -16,11 +16,7 @@ from torch import nn
 from llm_pruner.errors import InfeasibleError, UserError, VerificationError, in_short
 from llm_pruner.models.forward import is_on_meta, leave_weights_
 from llm_pruner.models.layers import heaviest_list, own_copy, sharing_copy
-from llm_pruner.models.streaming import (
-    computed_in,
-    in_turns,
-    is_model_streamed,
-)
+from llm_pruner.models.streaming import computed_in, in_turns, is_model_streamed
 from llm_pruner.models.synchronized_runs import Outcome, result_of
 from llm_pruner.runtime.memory import free_bytes
 from llm_pruner.runtime.precision import exact_products
@@ -220,10 +216,7 @@ def _compared(
 
 
 def _is_rounding(
-    model: nn.Module,
-    discovery: Discovery,
-    removal: Removal,
-    differ: Sequence[_Difference],
+    model: nn.Module, discovery: Discovery, removal: Removal, differ: Sequence[_Difference]
 ) -> bool:
     """Whether a model and its twin differ by the rounding of float32 alone.
 
