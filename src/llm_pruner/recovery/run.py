@@ -149,9 +149,7 @@ def recover_(
             trained = prepare_(model, settings.but(quantize="none"))
         model = _with_weights(trained, best, settings, keep_adapter if processes.is_first else None)
         as_saved_(model)
-        if trainer.args.gradient_checkpointing:
-            off = "activation_checkpointing_disable"  # before transformers 5.22 by another name
-            getattr(model, off, model.gradient_checkpointing_disable)()
+        _keep_activations(model)
         before = run.evaluations[0] if run.before is None else run.before
         after = judging.score_result(trainer.state.global_step, model, before)
     return model, Outcome(
@@ -164,6 +162,13 @@ def recover_(
         trained=count,
         packed=layout["packed"],
     )
+
+
+def _keep_activations(model: Any) -> None:
+    """Turn gradient checkpointing off, which has another name since transformers 5.22."""
+    if model.is_gradient_checkpointing:
+        off = "activation_checkpointing_disable"
+        getattr(model, off, model.gradient_checkpointing_disable)()
 
 
 class _Judging:
