@@ -4,7 +4,7 @@
         [--compressor COMPRESSOR/bin/python]
 
 Prunes MODEL by a fifth, once to layers of different sizes and once to equal ones, packs all three
-as ``compress --quantize int8`` does, and has ``evaluate`` measure perplexity and KL divergence from
+in int8 by torchao, and has ``evaluate`` measure perplexity and KL divergence from
 the dense model. Says of each packed folder whether transformers alone computes the same
 logits as the model that was packed, to the last bit. Needs torchao.
 
@@ -128,11 +128,15 @@ def _compress(python: Path, folder: Path, out: Path, how: Sequence[str], data: s
 def _pack(folder: Path, out: Path) -> bool:
     """Pack a folder; return whether transformers without this package computes the same."""
     import torch
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import AutoModelForCausalLM, TorchAoConfig
 
-    from llm_pruner.checkpoints.packed import save_packed
-
+    weights = shutil.ignore_patterns("*.safetensors*", ".written-by-llm-pruner")
     shutil.rmtree(out, ignore_errors=True)
-    model = save_packed(folder, out, max_shard_size="5GB")
+    shutil.copytree(folder, out, ignore=weights)
+    how = TorchAoConfig(Int8WeightOnlyConfig(version=2))
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, dtype="auto")
+    model.save_pretrained(out)
     with torch.no_grad():
         wanted = model(torch.arange(100, 164)[None]).logits
     file = out.with_suffix(".pt")

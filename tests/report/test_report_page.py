@@ -29,8 +29,8 @@ def pages(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     folder = tmp_path_factory.mktemp("pages")
     report = full_report()
     four = {
-        "sizes": report.sizes | {"quantized": report.sizes["pruned"]},
-        "evaluations": report.evaluations | {"quantized": report.evaluations["recovered"]},
+        "sizes": report.sizes | {"trimmed": report.sizes["pruned"]},
+        "evaluations": report.evaluations | {"trimmed": report.evaluations["recovered"]},
     }
     reports = {"four": report.model_copy(update=four), "hostile": full_report(HOSTILE)}
     for name, one in reports.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +12,6 @@ import torch
 from pydantic import BeforeValidator
 from transformers import AutoConfig
 
-from llm_pruner.checkpoints import packed
 from llm_pruner.commands.compress_start import about, check_settings
 from llm_pruner.commands.evaluate import measure_apart
 from llm_pruner.commands.prune import PruneRun
@@ -120,7 +119,7 @@ def compress(
                 run.remove()  # nothing was done that is worth going on with
             raise
         tell("moving the result into place")
-        folder = run.path(last_stage(done.measured, done.recovery))
+        folder = run.path(last_stage(done.recovery))
         move_result(folder, out, settings.overwrite, settings.reads)
         seconds, peak = run.seconds, max(run.peak_bytes, done.peak_bytes)
         run.remove()
@@ -128,10 +127,8 @@ def compress(
     return replace(done, report=page_in(out), notes=notes, seconds=seconds, peak_bytes=peak)
 
 
-def last_stage(measured: Collection[Variant], recovery: Training | None) -> str:
+def last_stage(recovery: Training | None) -> str:
     """Return the name of the folder that becomes the result."""
-    if "quantized" in measured:
-        return "quantized"
     return "pruned" if recovery is None else "recovered"
 
 
@@ -172,8 +169,6 @@ class _Stages:
         recovery = self.recover()
         if recovery is not None and recovery.gained:
             measured["recovered"] = self._weighed("recovered")
-        if self.quantize(last_stage(measured, recovery)):
-            measured["quantized"] = self._weighed("quantized")
         return self.report(measured, recovery)
 
     def take_tokens(self) -> None:
@@ -228,9 +223,6 @@ class _Stages:
         def make() -> Measured:
             self.tell(f"measuring the {variant} model")
             settings, folder = self.settings, self.run.path(variant)
-            # What packing costs is told apart from what pruning does by the distance of both.
-            compared = settings.quantize != "none" and variant != "dense"
-            against = self._dense() if compared else None
             asked = EvaluateSettings(
                 **settings.computing(None if variant == "dense" else folder).written(),
                 perplexity=settings.perplexity,
@@ -240,7 +232,6 @@ class _Stages:
                 prompt=DEMO_PROMPTS,
                 chat=False,
                 speed=True,
-                against=against,
             )
             return measure_apart(asked, WINDOW)
 
@@ -320,28 +311,6 @@ class _Stages:
             max_shard_size=self.settings.max_shard_size,
         )
 
-    def quantize(self, stage: str) -> bool:
-        """Write the folder ``quantized``; return whether it is asked for and not refused."""
-        source, out = self.run.path(stage), self.run.path("quantized")
-        if out.is_dir() or self.settings.quantize == "none":
-            return out.is_dir()
-        self.tell("quantizing")
-
-        def beside(folder: Path, model: Any) -> None:
-            if (report := known_report(folder)) is not None:
-                changed = {"sizes": report.sizes | {"quantized": model_size(model)}}
-                write_report(folder, lambda: report.model_copy(update=changed))
-
-        try:
-            packed.save_packed(
-                source, out, max_shard_size=self.settings.max_shard_size, beside=beside
-            )
-        except UserError as error:
-            self.notes.append(f"weights were not packed, so they are as they were: {error}")
-            return False
-        self.run.record_time("quantize")
-        return True
-
     def _amount(self) -> dict[str, Any]:
         """Return how much is trained; where time decides it, the first decision holds."""
         samples, budget = self.settings.samples, self.settings.time_budget
@@ -372,7 +341,7 @@ class _Stages:
 
     def _around(self, pruning: Mapping[str, float]) -> float:
         """Return the seconds after recovery, and for loading and saving around it."""
-        measured = 1 + (self.settings.quantize != "none") + 2 * self.settings.control
+        measured = 1 + 2 * self.settings.control
         around = 3 * pruning.get("load", 0.0) + pruning.get("save", 0.0)
         return around + 1.1 * measured * self.run.seconds.get("pruned", 0.0) + _STARTING
 
@@ -403,7 +372,7 @@ class _Stages:
             peak_bytes=self.run.peak_bytes,
             tokens=None if self.start is None else self._taken("tokens"),
         )
-        folder = self.run.path(last_stage(measured, recovery))
+        folder = self.run.path(last_stage(recovery))
         if self.start is not None:
             rewrite(folder, {RECORD: (self.start / RECORD).read_text(encoding="utf-8")})
         report = known_report(folder)

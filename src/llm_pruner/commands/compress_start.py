@@ -36,8 +36,8 @@ def check_settings(settings: CompressSettings, work: Path) -> None:
     pruning = settings.pruning(settings.out)
     criterion_of(pruning)
     if not work.is_dir():
-        # With fewer tokens, pruned, recovered, quantized.
-        copies = bool(settings.vocab_text) + 1 + settings.recover + (settings.quantize != "none")
+        # With fewer tokens, pruned, recovered.
+        copies = bool(settings.vocab_text) + 1 + settings.recover
         check_space(settings.out, settings.loading(), target_of(pruning), copies=copies)
     if settings.recover:
         check_trains(settings.device)

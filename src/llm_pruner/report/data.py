@@ -19,7 +19,7 @@ from llm_pruner.types import Layer, Size, SplitTrial
 
 JSON_FILE, HTML_FILE, CARD_FILE = "report.json", "report.html", "README.md"
 
-VARIANTS: tuple[Variant, ...] = ("dense", "trimmed", "pruned", "recovered", "quantized")
+VARIANTS: tuple[Variant, ...] = ("dense", "trimmed", "pruned", "recovered")
 
 
 class _Part(BaseModel):
@@ -181,8 +181,6 @@ class Report(_Part):
     @property
     def final(self) -> Variant:
         """The model that lies beside the report."""
-        if "quantized" in self.sizes:
-            return "quantized"
         if self.recovery is not None and self.recovery.gained:
             return "recovered"
         return "pruned" if self.was_pruned else "dense"

@@ -22,7 +22,7 @@ from llm_pruner.types import Layer, SplitTrial
 
 T = TypeVar("T")
 
-Variant = Literal["dense", "trimmed", "pruned", "recovered", "quantized"]
+Variant = Literal["dense", "trimmed", "pruned", "recovered"]
 """The model before, without some of its tokens, after removing units, after training what was left,
 and with packed weights."""
 

@@ -108,8 +108,6 @@ def sentence(report: Report) -> str:
         said += f" Then it was {training}."
     elif not report.repair:
         said += " Nothing was trained afterwards."
-    if "quantized" in report.sizes:
-        said += " Last, the weights of its linear layers were packed in int8, by torchao."
     return said
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
-from llm_pruner.errors import UserError, check_installed
+from llm_pruner.errors import UserError
 from llm_pruner.settings.common import LOADING, OUTPUT, TASKS, Sources, TaskSettings, WriterSettings
 from llm_pruner.settings.options import option, written
 from llm_pruner.settings.prune import AMOUNTS, HOW, HOW_MUCH, AmountSettings, PruneSettings
-from llm_pruner.settings.recover import QUANTIZERS, TrainingSettings
+from llm_pruner.settings.recover import TrainingSettings
 from llm_pruner.settings.vocab import VocabSettings
 from llm_pruner.settings.words import Seed, parse_duration
 
@@ -62,9 +62,6 @@ class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
     control: bool = _how(
         False, "Train MODEL in the same way as well, and show the damage beside it.", hidden=True
     )
-    quantize: Literal["none", "int8"] = _how(
-        "none", "Pack the linear layers in int8 at the end, by torchao.", "TYPE"
-    )
     seed: Seed = _how(0, "Of all that is drawn.", hidden=True)
     perplexity: Sources = option(
         ("demo",),
@@ -92,10 +89,9 @@ class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
         return {**preset, **(amount or {"ratio": 0.2})}
 
     def check(self) -> None:
-        """Raise UserError for two amounts, or a package that is missing."""
+        """Raise UserError for two amounts."""
         if self.ratio is not None and self.params is not None:
             raise UserError("--ratio and --params say different things; give one of them")
-        check_installed(f"--quantize {self.quantize}", QUANTIZERS[self.quantize])
 
     def fewer_tokens(self, out: Path) -> VocabSettings:
         """Return how tokens are taken out before pruning."""
