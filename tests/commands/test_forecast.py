@@ -27,11 +27,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "SAMPLE", 2**16)
-
-
 def given(made: Path, *words: object) -> list[object]:
     return [made / "text.txt" if word == "text.txt" else word for word in words]
 

@@ -4,20 +4,19 @@
               all matrices of the model
     bytes = process + weights + cut copy, activations, logits or equations of the stage
 
-The products are measured with the shapes of a block and of the head, and so are reading, widening
-and writing. Discovery is done, since it needs no weights. A streamed model holds two blocks and its
-largest tensor, and reads all blocks for each pass.
+The products are measured with the shapes of a block and of the head. Discovery is done, since it
+needs no weights. A streamed model holds two blocks and its largest tensor, and reads all blocks for
+each pass.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 import time
+import timeit
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import psutil
 import torch
@@ -32,9 +31,8 @@ from llm_pruner.data.text import shares_of
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import model_size
-from llm_pruner.files.outputs import nearest
 from llm_pruner.importance.boundary_pass import ACTIVATIONS, TOKENS
-from llm_pruner.models.checkpoint_files import stored_at, stored_size
+from llm_pruner.models.checkpoint_files import stored_at
 from llm_pruner.models.layers import heaviest_list
 from llm_pruner.models.load import load
 from llm_pruner.recovery.repair import TRAINED_BYTES
@@ -47,8 +45,8 @@ from llm_pruner.search.structure_split import refit_samples
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.surgery.removal import count_parameters
 
-SAMPLE = 2**26
-"""Bytes that are read, and written, to know how fast that is."""
+READING, UNPACKING, WRITING = 5e8, 5e7, 3e8
+"""Bytes of files a second: of weights that are read, of a ``.gguf``, and that are written."""
 
 OVERHEAD = 1.5
 """Seconds of a pass over those of its matrix products: attention, normalisation, Python."""
@@ -71,11 +69,7 @@ class Taken:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run of ``prune`` will take.
-
-    Attributes:
-        streamed: whether weights are read block by block; ``why`` says what they need and have.
-    """
+    """What a run of ``prune`` will take; streamed weights are read block by block."""
 
     model: str
     parameters: int
@@ -90,29 +84,20 @@ class Forecast:
 def forecast(settings: PruneSettings) -> Forecast:
     """Return what a run will take; UserError as the run would before it begins, or for a GPU."""
     began = time.time()
-    on_gpu = settings.device == "auto" and torch.cuda.is_available()
-    if settings.device.startswith("cuda") or on_gpu:
-        raise UserError(
-            "--estimate measures the processor, and the run would be on a GPU; add --device cpu"
-        )
+    if settings.device != "cpu" and torch.cuda.is_available():
+        raise UserError("--estimate measures the processor, not a GPU; add --device cpu")
     found = _Forecaster(settings, began)
     if not found.run.weightless:
         found.book_text()
         found.book_choice()
         if not settings.dry_run:
             found.book_cut()
-    weights, stages = found.total * found.width / 1e9, found.stages
-    return Forecast(
-        model=found.loaded.name,
-        parameters=found.total,
-        streamed=found.streamed,
-        why=f"the weights take {weights:.1f} GB, and {found.resident / 1e9:.1f} GB of memory are "
-        "for them",
-        stages=stages,
-        seconds=sum(one.seconds for one in stages.values()),
-        peak_bytes=max(one.bytes for one in stages.values()),
-        saved_bytes=found.saved,
-    )
+    weights, room, stages = found.total * found.width / 1e9, found.resident / 1e9, found.stages
+    why = f"the weights take {weights:.1f} GB, and {room:.1f} GB of memory are for them"
+    seconds = sum(one.seconds for one in stages.values())
+    peak = max(one.bytes for one in stages.values())
+    about = found.loaded.name, found.total, found.streamed, why
+    return Forecast(*about, stages, seconds, peak, found.saved)
 
 
 class _Forecaster:
@@ -133,15 +118,13 @@ class _Forecaster:
         self.taken, self.process = clock.seconds, psutil.Process().memory_info().rss
         size, blocks = model_size(model), heaviest_list(model)
         if blocks is None:
-            raise UserError(f"{type(model).__name__} has no list of blocks to estimate from")
+            raise UserError(f"{type(model).__name__} has no list of blocks")
         self.total, self.count, in_blocks = size.total, len(blocks), size.blocks or 0
         self.width = (size.bytes or 0) // size.total
         self.kept = self.total - self._removed(in_blocks)
-        stored = stored_size(settings.model, settings.revision, "auto")
         place = stored_at(settings.model, settings.revision)
-        files = self.total * self.loaded.stored_dtype.itemsize if stored is None else stored[1]
         packed = place is not None and place.is_file()
-        files = place.stat().st_size if packed and place else files
+        files = self.total * self.loaded.stored_dtype.itemsize
         self.resident = run.stays(settings.room(settings.device))
         fits = self.total * self.width <= self.resident
         self.streamed = not (packed or fits or run.weightless)
@@ -159,7 +142,7 @@ class _Forecaster:
             self.each = OVERHEAD * self._products(TOGETHER) / TOGETHER
         with exact_products():
             self.exact = OVERHEAD * self._products(TOGETHER) / TOGETHER
-        self.reading, self.writing = _read_rate(place, model.dtype), _write_rate(settings.out)
+        self.reading = UNPACKING if packed else READING
         self.turn = files * in_blocks / self.total / self.reading if self.streamed else 0.0
 
         self.weights, self.cut = self.total * self.width, self.kept * self.width
@@ -176,35 +159,30 @@ class _Forecaster:
         self.writes = not WRITERS.keys().isdisjoint(shares_of(settings.calibration))
         self.saved, read = 0, files / self.reading - self.turn
         self.stages["start"] = Taken(before, self.process)
-        loading = self.taken["text"] + self.taken["load"] + read  # checks are made before, too
+        loading = self.taken["text"] + self.taken["load"] + read
         self._book("load", loading, 0 if self.streamed else files)
         self._book("discover", settings.steps * self.taken["discover"], 0, 2 * run.refits)
 
     def _removed(self, in_blocks: int) -> int:
         """Return how many parameters are removed, about."""
-        run, settings = self.run, self.settings
+        run, target = self.run, self.run.target
         if run.plan is not None:
-            removal = run.plan.removal(run.discovery)
-            return self.total - count_parameters(run.discovery, removal)
-        assert run.target is not None
-        run.narrow()
-        if settings.kv_cache is None:
+            return self.total - count_parameters(run.discovery, run.plan.removal(run.discovery))
+        assert target is not None
+        if target.kv_cache is None:
             run.reach()
-        by_units = settings.unit_ratio is not None or settings.kv_cache is not None
-        share = 1 - start.share_kept(run.target, self.total)
-        return int(share * (in_blocks if by_units else self.total))
+        of_all = target.unit_ratio is None and target.kv_cache is None
+        share = 1 - start.share_kept(target, self.total)
+        return int(share * (self.total if of_all else in_blocks))
 
     def _products(self, tokens: int, dtype: torch.dtype | None = None) -> float:
         """Return the seconds that so many tokens take to be multiplied with all matrices."""
         took = 0.0
         for shape, times in Counter(self.shapes).items():
             weight = torch.randn(shape, dtype=dtype, device="cpu")
-            given, least = torch.randn(tokens, shape[1], dtype=dtype, device="cpu"), math.inf
-            for _ in range(3):
-                begin = time.perf_counter()
-                nn.functional.linear(given, weight)
-                least = min(least, time.perf_counter() - begin)
-            took += times * least
+            given = torch.randn(tokens, shape[1], dtype=dtype, device="cpu")
+            product = partial(nn.functional.linear, given, weight)
+            took += times * min(timeit.repeat(product, number=1, repeat=3))
         return took
 
     def _book(self, stage: str, seconds: float, more: float, turns: float = 0) -> None:
@@ -229,11 +207,7 @@ class _Forecaster:
         self._book("calibration text", seconds, more, 0 if copied else steps)
 
     def book_choice(self) -> None:
-        """Book estimate and trials.
-
-        How many trials there are depends on what they find: each structure alone, and two shares of
-        each other are counted, and of two the refit.
-        """
+        """Book estimate and trials: each structure alone, and two shares of each other."""
         run, settings, length = self.run, self.settings, self.length
         if run.plan is not None:
             return
@@ -248,9 +222,10 @@ class _Forecaster:
         if run.splits:
             fits = 2 * (run.refits and names > 1)
             trials = names + 2 * (names - 1) + fits
-            seconds = (1 + trials) * self.held_out * length * self.each
-            seconds += fits * REFIT * refit_samples(self.total, length) * length * self.each
-            self._book("trials", seconds, logits, 1 + trials + 3 * fits)
+            seconds = (1 + trials) * self.held_out + fits * REFIT * refit_samples(
+                self.total, length
+            )
+            self._book("trials", seconds * length * self.each, logits, 1 + trials + 3 * fits)
         if run.tries_layers:
             whole = torch.empty(self.held_out, length, device="meta")
             trials = len(LEVELS) * self.count
@@ -277,40 +252,7 @@ class _Forecaster:
         stored = self.loaded.stored_dtype.itemsize if settings.dtype == "auto" else self.width
         self.saved = kept * stored
         left = 0 if self.streamed else self.cut - self.weights  # the dense weights are given back
-        self._book("save", self.saved / self.writing, left, 1)
+        self._book("save", self.saved / WRITING, left, 1)
         if settings.verify and self.total <= RELOAD_LIMIT:
             more = left + self.saved + (4 * kept if stored < 4 else 0)
-            self._book("reload", compared + self.saved / self.writing, more, 4)
-
-
-def _read_rate(place: Path | None, dtype: torch.dtype) -> float:
-    """Return the bytes of weight files that are read and widened to a type in a second."""
-    if place is None:  # on the hub
-        return 1e8
-    begin, bytes_ = time.perf_counter(), 0
-    if place.is_file():
-        from gguf import GGUFReader, dequantize
-
-        tensors = GGUFReader(place).tensors
-        begin = time.perf_counter()
-        for packed in tensors[:: max(1, len(tensors) // 16)]:
-            dequantize(packed.data, packed.tensor_type)
-            bytes_ += int(packed.n_bytes)
-    else:
-        largest = max(place.iterdir(), key=lambda file: file.stat().st_size)
-        with largest.open("rb") as stream:
-            data = bytearray(stream.read(SAMPLE))
-        bytes_ = len(data)
-        torch.frombuffer(data, dtype=torch.bfloat16, count=bytes_ // 2).to(dtype)
-    return bytes_ / (time.perf_counter() - begin)
-
-
-def _write_rate(out: Path) -> float:
-    """Return the bytes written a second where the output will be, to a file without a name."""
-    there = nearest(out)
-    with tempfile.TemporaryFile(dir=there if there.is_dir() else there.parent) as file:
-        begin = time.perf_counter()
-        file.write(bytes(SAMPLE))
-        file.flush()
-        os.fsync(file.fileno())
-    return SAMPLE / (time.perf_counter() - begin)
+            self._book("reload", compared + self.saved / WRITING, more, 4)

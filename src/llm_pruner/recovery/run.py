@@ -80,8 +80,8 @@ def recover_(
 ) -> tuple[Any, Outcome]:
     """Train ``model`` in place; return it with its best weights, merged, in eval mode.
 
-    A run that left a checkpoint in ``work`` is continued: with the same arguments it ends with the
-    weights of a run that was not interrupted, with data in an order of ``settings.seed`` alone.
+    A run that left a checkpoint in ``work`` is continued, and ends with the weights of a run that
+    was not interrupted.
 
     Args:
         model: a causal language model of transformers.
@@ -89,14 +89,13 @@ def recover_(
         work: folder for checkpoints.
         keeps: write checkpoints.
         teacher: mixes in what a dense model would say of ``train``.
-        judge: the same of ``held_out``, which is then scored as it is trained on; without, by what
-            its text says next.
+        judge: the same of ``held_out``; without, its text judges.
         say: called after each step.
         keep_adapter: with ``lora``, write the adapter there, before it is merged.
         processes: those that train together; ``settings.batch_size`` is that of all of them, the
             first one writes, and all return the same.
-        again: gives the model as it came; what was learned is merged into it where the one that was
-            trained is quantized, or held in parts. By default a copy that is made before.
+        again: gives the model as it came, to merge into where the trained one is quantized or held
+            in parts; by default a copy.
         as_saved_: gives the merged model the weights that will be saved, such as rounded ones,
             before it is scored for the last time.
         own: ``callbacks``, ``optimizers`` and others that transformers' Trainer takes.
